@@ -1,0 +1,110 @@
+"""Methods called eagerly on plain tensors: the reference that graph passes and realisations are tested against."""
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgewise.ops.budget import count_to_keep
+from edgewise.ops.methods import METHODS, Method, Tokens
+from edgewise.ops.score import attention_rows
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """tokens `(B, N', C)`; size `(B, N', 1)`, how many inputs each stands for; kept `(B, N')`, the input that each output
+    is or is represented by (-1 where it is none of them: pooling); assignment `(B, N)`, the output position that each
+    input went to (-1: dropped)."""
+
+    tokens: Tensor
+    size: Tensor
+    kept: Tensor
+    assignment: Tensor
+
+
+def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int | None = None,
+          attention: Tensor | None = None, queries: Tensor | None = None, keys: Tensor | None = None,
+          size: Tensor | None = None, text: Tensor | None = None, grid: tuple[int, ...] | None = None,
+          frames: int | None = None, length: Tensor | None = None, protected: int = 0,
+          **parameters: Any) -> Compressed:
+    """Compress `tokens (B, N, C)` once by the method `name`.
+
+    Args:
+        keep: tokens that stay besides the protected: a fraction (float up to 1.0) or a count (int).
+        r: tokens that go; give `keep` or `r`.
+        attention: `(B, heads, Q, N)` with all query rows (`Q = N`), or only the rows that the score should use.
+        queries, keys: `(B, N, D)`; the keys are also what similarity methods compare (the tokens where not given).
+        size: `(B, N, 1)`, how many original tokens each one stands for.
+        text: `(T, D)` text embedding, for text-guided methods. grid: the shape of the unprotected tokens.
+        frames: number of frames, for video methods. length: `(B,)` valid tokens; padding goes first.
+        protected: leading tokens that are never touched; the first of them is the class token.
+
+    Raises ValueError for an unknown method or parameter, a count out of range, or an input that is needed and
+    missing, or given and not understood by the method.
+    """
+    entry = _find(name)
+    unused = [key for key, value in {"text": text, "frames": frames, "length": length}.items()
+              if value is not None and key not in _understood(entry)]
+    if unused:
+        raise ValueError(f"method {name!r} does not use {', '.join(unused)}; it would be ignored")
+    _check_parameters(entry, parameters)
+    if tokens.ndim != 3:
+        raise ValueError(f"tokens must be (B, N, C), got {tuple(tokens.shape)}")
+    count = tokens.shape[1]
+    if not 0 <= protected < count:
+        raise ValueError(f"protected={protected} is out of range: 0 to {count - 1} for {count} tokens")
+    grid = grid if grid is not None or "grid" not in entry.needs else _square(count - protected)
+    wanted = count_to_keep(entry, keep, r, count, protected, grid, parameters)
+
+    def attend(rows: slice) -> Tensor:
+        if attention is not None:
+            return attention if attention.shape[2] != count else attention[:, :, rows]
+        if queries is None or keys is None:
+            raise ValueError(f"method {name!r} needs attention (B, heads, queries, N), or queries and keys (B, N, D)")
+        return attention_rows(queries[:, None, rows], keys[:, None], keys.shape[-1] ** -0.5)
+
+    result = entry.reduce(Tokens(tokens, size, tokens if keys is None else keys, attend, grid, length, protected,
+                                 has_class=protected > 0), keep=wanted, **parameters)
+    assignment = result.assignment()
+    new_size = result.size
+    if new_size is None:
+        ones = torch.ones_like(tokens[:, :, 0])
+        gone = assignment < 0
+        new_size = torch.zeros_like(result.tokens[:, :, 0]).scatter_add(
+            1, assignment.masked_fill(gone, 0), ones.masked_fill(gone, 0))[:, :, None]
+    kept = result.kept if result.kept is not None else torch.full_like(result.tokens[:, :, 0], -1, dtype=torch.int64)
+    return Compressed(result.tokens, new_size, kept, assignment)
+
+
+def _find(name: str) -> Method:
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        raise ValueError(f"unknown method {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
+                         + f" Known: {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def _understood(entry: Method) -> tuple[str, ...]:
+    return (*entry.needs, *(("length",) if entry.name == "topk" else ()))
+
+
+def _check_parameters(entry: Method, parameters: dict[str, Any]) -> None:
+    known = {p.name: p for p in entry.parameters}
+    for key, value in parameters.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"method {entry.name!r} has no parameter {key!r}"
+                             + (f": did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(known)}")
+        choices = known[key].choices
+        if choices and value not in choices:
+            raise ValueError(f"{key}={value!r}: one of {', '.join(choices)}")
+
+
+def _square(count: int) -> tuple[int, int]:
+    side = round(count ** 0.5)
+    if side * side != count:
+        raise ValueError(f"{count} tokens are not a square grid: give grid=(height, width)")
+    return side, side

@@ -1,0 +1,129 @@
+"""Counts: what `keep`, `r` and a schedule ask for, as numbers fixed when the graph is built."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from edgewise.ops.match import max_merges
+from edgewise.ops.methods import Method, max_keep
+
+
+def kept_count(keep: float | int, free: int) -> int:
+    """Tokens that `keep` asks for out of `free` unprotected ones: a fraction if a float up to 1.0, else a count.
+
+    A fraction is rounded down, but at least one token stays. Raises ValueError outside the legal range.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or math.isnan(keep):
+        raise ValueError(f"keep={keep!r} is not a number")
+    if isinstance(keep, float) and not keep.is_integer() or keep == 1.0 and isinstance(keep, float):
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep={keep:g} is out of range: a fraction lies above 0 and up to 1.0; "
+                             f"a count is a whole number from 1 to {free}")
+        # The small addend keeps 0.29 * 100 at 29, which in binary floating point is 28.999...
+        return max(1, math.floor(keep * free + 1e-9))
+    count = int(keep)
+    if not 1 <= count <= free:
+        raise ValueError(f"keep={count} is out of range: a count lies between 1 and {free} here "
+                         "(protected tokens are not counted), a fraction above 0 and up to 1.0")
+    return count
+
+
+def count_to_keep(method: Method, keep: float | int | None, r: int | None, count: int, protected: int,
+                  grid: tuple[int, ...] | None, parameters: dict[str, Any]) -> int:
+    """Tokens that stay besides the `protected`, when `method` runs once on `count` tokens.
+
+    `keep` or `r` may be given, or neither where a parameter of the method (a stride) says the count; `parameters` is
+    completed with what gives that count. Raises ValueError that names the legal range.
+    """
+    free = count - protected
+    if keep is not None and r is not None:
+        raise ValueError("give keep or r, not both")
+    if r is not None and not 0 <= r < free:
+        raise ValueError(f"r={r} is out of range: 0 to {free - 1}")
+    wanted = free - r if r is not None else None if keep is None else kept_count(keep, free)
+    if method.legal_counts is not None:
+        legal = method.legal_counts(count, grid)
+        options = ", ".join(f"{n} ({', '.join(f'{k}={v}' for k, v in given.items())})" for n, given in legal.items())
+        if wanted is None:
+            chosen = {k: v for k, v in parameters.items() if any(k in given for given in legal.values())}
+            chosen = chosen or {p.name: p.default for p in method.parameters if p.name != "keep"}
+            wanted = next((n for n, given in legal.items() if given == chosen), None)
+            if wanted is None:
+                raise ValueError(f"{chosen} does not fit the grid {grid}: it can keep {options or 'nothing less'}")
+        elif wanted not in legal:
+            raise ValueError(f"{method.name} cannot keep {wanted} of {free} tokens on the grid {grid}: "
+                             f"it can keep {options or 'nothing less'}")
+        parameters.update(legal[wanted])
+        return wanted
+    if wanted is None:
+        raise ValueError("give keep=... (tokens that stay: a fraction such as 0.5, or a count)"
+                         + (" or r=... (tokens that go)" if method.merges else ""))
+    least, most = max_keep(method, count, protected)
+    if not least <= wanted <= most:
+        raise ValueError(f"{method.name} cannot keep {wanted} of {free} unprotected tokens here: {least} to {most}")
+    return wanted
+
+
+def merge_schedule(r: int | Sequence[int], blocks: int, schedule: str = "constant") -> list[int]:
+    """Tokens to merge at each block, as ToMe's published schedules have it.
+
+    `decreasing` falls linearly from 2r to 0, `increasing` rises from 0 to 2r, a list is taken as it is and padded
+    with zeros. Counts are not yet clipped to what a block can merge.
+    """
+    if not isinstance(r, int):
+        if len(r) > blocks:
+            raise ValueError(f"r lists {len(r)} blocks, and the model has {blocks}")
+        if any(n < 0 for n in r):
+            raise ValueError(f"r={list(r)} holds a negative number")
+        return [*r, *([0] * (blocks - len(r)))]
+    if r < 1:
+        raise ValueError(f"r={r} is out of range: at least 1")
+    if schedule == "constant" or blocks == 1:
+        return [r] * blocks
+    first, last = (2 * r, 0) if schedule == "decreasing" else (0, 2 * r)
+    return [int(first + (last - first) / (blocks - 1) * i) for i in range(blocks)]
+
+
+def spread_removal(total: int, tokens: int, protected: int, blocks: int, schedule: str = "constant") -> list[int]:
+    """Spread `total` merges over `blocks`, in the shape of `schedule`, so that exactly `total` are done at the end.
+
+    Where a block cannot merge its share (at most half of the unprotected tokens go at once), the excess goes to the
+    later blocks, then to the earlier ones. Raises ValueError if even the most merges at every block do not suffice.
+    """
+    weights = {"constant": [1.0] * blocks,
+               "decreasing": [float(blocks - 1 - i) for i in range(blocks)],
+               "increasing": [float(i) for i in range(blocks)]}[schedule]
+    if not any(weights):
+        weights = [1.0] * blocks
+    scale, done, share = total / sum(weights), 0.0, []
+    for weight in weights:
+        before, done = round(done), done + weight * scale
+        share.append(round(done) - before)
+    counts, left, carry = [], tokens, 0
+    for wanted in share:
+        merged = min(wanted + carry, max_merges(left, protected))
+        carry += wanted - merged
+        left -= merged
+        counts.append(merged)
+    while carry:
+        # Room at an earlier block exists only if a later one can then still do its own share: try from the last.
+        for block in reversed(range(blocks)):
+            trial = counts.copy()
+            trial[block] += 1
+            if feasible(trial, tokens, protected):
+                counts, carry = trial, carry - 1
+                break
+        else:
+            raise ValueError(f"{total} merges do not fit into {blocks} blocks of {tokens} tokens: each merges at most "
+                             "half of the unprotected tokens")
+    return counts
+
+
+def feasible(counts: Sequence[int], tokens: int, protected: int) -> bool:
+    """Whether merging `counts` one after the other never asks for more than a matching can give."""
+    for merged in counts:
+        if merged > max_merges(tokens, protected):
+            return False
+        tokens -= merged
+    return True

@@ -1,0 +1,29 @@
+"""Scores: one number a token. Only the attention rows that a score needs are ever computed."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_rows(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention of some query rows over all keys, in at least fp32.
+
+    Args:
+        queries: `(B, H, Q, D)`, the rows that are wanted. keys: `(B, G, N, D)`, where G divides H (grouped queries).
+        scale: factor on the logits. bias: added to the logits (float), or True where attended (bool).
+
+    Returns: `(B, H, Q, N)`.
+    """
+    if queries.dtype.itemsize < 4:
+        queries, keys = queries.float(), keys.float()
+    if keys.shape[1] != queries.shape[1]:
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+    logits = queries @ keys.transpose(-1, -2) * scale
+    if bias is not None:
+        logits = logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
+    return logits.softmax(dim=-1)
+
+
+def attention_received(rows: Tensor) -> Tensor:
+    """Mean attention `(B, N)` that each key receives, over heads and query rows `(B, H, Q, N)`."""
+    return rows.mean(dim=(1, 2))

@@ -1,0 +1,255 @@
+"""Analysis: the streams of tokens in a graph, the sites where they may be compressed, and why others may not."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from edgewise.passes.anchors import Anchor, elementwise, find_anchors
+from edgewise.passes.graph import describe, reachable, shape_of, user_inputs
+from edgewise.passes.origin import constant_prefix, grid_of
+from edgewise.passes.symbolic import Engine
+from edgewise.passes.token_axis import Cut, Propagation, Propagator
+from edgewise.passes.token_rules import symbolic_axes
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site in the graph: the value that is compressed there, its token axis, and the attention that scores it."""
+
+    name: str
+    node: fx.Node
+    axis: int
+    anchor: Anchor
+    side_values: tuple[str, ...] = ()
+    refused: str | None = None
+
+
+@dataclass
+class Stream:
+    """One residual stream of tokens through a stack of attention blocks.
+
+    `prefix` leading tokens are constants of the model (class, distillation, registers); `protected` are those that
+    may never be touched: the prefix, and whatever later code reads by its position. `grid` is the shape of the rest.
+    """
+
+    name: str
+    role: str
+    root: fx.Node
+    axis: int
+    tokens: int
+    prefix: int
+    protected: int
+    grid: tuple[int, ...] | None
+    blocks: list[Place] = field(default_factory=list)
+    out: Place | None = None
+    out_is_read: bool = False
+    """Whether anything after the encoder's output reads tokens besides the protected ones."""
+
+    @property
+    def places(self) -> list[Place]:
+        return [*self.blocks, *([self.out] if self.out else [])]
+
+
+@dataclass
+class Analysis:
+    """All streams of a graph, its attentions, and why an attention belongs to no site."""
+
+    anchors: list[Anchor]
+    streams: list[Stream]
+    unplaced: dict[int, str]
+    engine: Engine
+
+
+def analyse(program: ExportedProgram) -> Analysis:
+    """Find streams and sites. Time is linear in the number of nodes for each stream."""
+    graph = program.graph
+    nodes = list(graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    inputs = user_inputs(program)
+    dependent = reachable(inputs)
+    engine = Engine()
+    found = Analysis(find_anchors(graph), [], {}, engine)
+    placed: set[int] = set()
+    for anchor in found.anchors:
+        if anchor.index in placed:
+            continue
+        if anchor.residual is None or anchor.joined is None:
+            found.unplaced[anchor.index] = "no residual stream is added to its output"
+            continue
+        axis, reason = _token_axis(anchor, nodes, order, engine)
+        if axis is None:
+            found.unplaced[anchor.index] = reason
+            continue
+        placed |= _add_stream(found, anchor, axis, nodes, order, dependent, inputs)
+    _name(found.streams)
+    return found
+
+
+def _token_axis(anchor: Anchor, nodes: list[fx.Node], order: dict[fx.Node, int],
+                engine: Engine) -> tuple[int | None, str]:
+    """The dimension of the residual stream that becomes the key axis of the attention: found by trying each."""
+    root = anchor.residual
+    assert root is not None
+    keys = shape_of(anchor.k)[anchor.key_axis]
+    span = nodes[order[root] if root.op == "call_function" else 0:order[anchor.k] + 1]
+    reasons = []
+    for axis, size in enumerate(shape_of(root)):
+        if size < 2:
+            continue
+        symbol = engine.symbol(f"try{axis}", size)
+        result = Propagator(engine, [Cut(root, axis, symbol, 1)], size).run(_after(root, span))
+        value = result.values.get(anchor.k)
+        if value is not None and value.shape[anchor.key_axis] == symbol:
+            return axis, ""
+        if value is not None and symbolic_axes(value) and anchor.key_axis in symbolic_axes(value):
+            reasons.append(f"it attends over {value.shape[anchor.key_axis]} of the stream's {size}")
+        elif result.refusals and size == keys:
+            refusal = result.refusals[0]
+            reasons.append(f"{describe(refusal.node)}: {refusal.reason}")
+    return None, reasons[0] if reasons else (
+        f"it attends over {keys} keys, and no dimension of the residual stream {list(shape_of(root))} counts those: it sees "
+        "a part of the tokens (a window, a frame) at a time")
+
+
+def _after(root: fx.Node, nodes: list[fx.Node]) -> list[fx.Node]:
+    return nodes[nodes.index(root):] if root in nodes else [root, *nodes]
+
+
+def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node], order: dict[fx.Node, int],
+                dependent: set[fx.Node], inputs: list[fx.Node]) -> set[int]:
+    root = first.residual
+    assert root is not None
+    tokens = shape_of(root)[axis]
+    symbol = found.engine.symbol(f"T{len(found.streams)}", tokens)
+    result = Propagator(found.engine, [Cut(root, axis, symbol, 1)], tokens).run(nodes[order[root]:])
+    prefix = constant_prefix(root, axis, dependent)
+    refusals = {r.node: r.reason for r in result.refusals}
+    for node, count in result.protected.items():
+        if count > max(prefix, tokens // 2):
+            refusals[node] = f"it reads {count} of the {tokens} tokens by their position"
+    protected = max([prefix, *(n for node, n in result.protected.items() if node not in refusals)])
+    grid = grid_of(root, axis, dependent)
+    if grid is not None and _product(grid) != tokens - protected:
+        grid = None
+    stream = Stream("", _role(root, inputs), root, axis, tokens, prefix, protected, grid)
+    doomed = {node: reason for node in refusals for reason in [f"{describe(node)}: {refusals[node]}"]}
+    blocked = _leading_to(doomed)
+    placed = set()
+    for anchor in found.anchors:
+        value, query = result.values.get(anchor.k), result.values.get(anchor.q)
+        if value is None or query is None or anchor.joined is None or symbol not in value.symbols:
+            continue
+        placed.add(anchor.index)
+        if value.shape[anchor.key_axis] != symbol or symbol not in query.symbols:
+            found.unplaced[anchor.index] = "it attends over a part of the tokens, or from other tokens"
+            continue
+        site = _settle(anchor.joined)
+        shape = result.values.get(site)
+        axes = [d for d, n in enumerate(shape.shape) if n == symbol] if shape is not None else []
+        if len(axes) != 1:
+            found.unplaced[anchor.index] = f"{describe(site)}: the residual stream has no token axis of its own here"
+            continue
+        stream.blocks.append(_place(f"block[{len(stream.blocks)}]", site, axes[0], anchor, result, order, blocked))
+    if stream.blocks:
+        last = stream.blocks[-1]
+        out = _encoder_out(last, order)
+        shape = result.values.get(out)
+        axes = [d for d, n in enumerate(shape.shape) if n == symbol] if shape is not None else []
+        if len(axes) == 1:
+            stream.out = _place("out", out, axes[0], last.anchor, result, order, blocked)
+            stream.out_is_read = any(symbolic_axes_of(result, user) or user.op == "output" for user in out.users)
+        found.streams.append(stream)
+    return placed | {first.index}
+
+
+def symbolic_axes_of(result: Propagation, node: fx.Node) -> bool:
+    value = result.values.get(node)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    reads_only_protected = node in result.protected and not any(symbolic_axes(v) for v in values)
+    return not reads_only_protected
+
+
+def _place(name: str, node: fx.Node, axis: int, anchor: Anchor, result: Propagation, order: dict[fx.Node, int],
+           blocked: dict[fx.Node, str]) -> Place:
+    names = {route.value.name: None for user, routes in result.routes.items() if order[user] > order[node]
+             for route in routes.values()}
+    return Place(name, node, axis, anchor, tuple(names), blocked.get(node))
+
+
+def _settle(node: fx.Node) -> fx.Node:
+    """From the attention's residual addition to the value that the MLP and its residual both read: past the norm of a
+    post-norm block, and past the MLP's addition of a parallel block."""
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        norm = user.target in (aten.layer_norm.default, aten.rms_norm.default)
+        joins = user.target is aten.add.Tensor and len(user.all_input_nodes) == 2
+        if not (norm or joins) or shape_of(user) != shape_of(node):
+            break
+        node = user
+    return node
+
+
+def _encoder_out(last: Place, order: dict[fx.Node, int]) -> fx.Node:
+    """The encoder's output: past the last block's MLP and, if it alone reads that, the final norm."""
+    derived = reachable([last.node])
+    joins = [user for user in last.node.users if user.target is aten.add.Tensor
+             and all(n in derived for n in user.all_input_nodes) and shape_of(user) == shape_of(last.node)]
+    return _settle(min(joins, key=order.__getitem__)) if joins else last.node
+
+
+def _leading_to(doomed: dict[fx.Node, str]) -> dict[fx.Node, str]:
+    """All nodes from which a refused node is reached, with the reason."""
+    leading = dict(doomed)
+    stack = list(doomed)
+    while stack:
+        node = stack.pop()
+        for parent in node.all_input_nodes:
+            if parent not in leading:
+                leading[parent] = leading[node]
+                stack.append(parent)
+    return leading
+
+
+def _role(root: fx.Node, inputs: list[fx.Node]) -> str:
+    """What kind of encoder a stream is, by the inputs that reach it."""
+    seen, stack = {root}, [root]
+    while stack:
+        for parent in stack.pop().all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    values = [n.meta["val"] for n in inputs if n in seen]
+    media = [v for v in values if v.dtype.is_floating_point]
+    if not media:
+        return "text_encoder"
+    return "vision_encoder" if max(v.ndim for v in media) >= 4 else "audio_encoder"
+
+
+def _name(streams: list[Stream]) -> None:
+    """`encoder.block[i]` for the only media stream of a graph; where there are several streams, the others (or all, if
+    several carry media) are named by their role."""
+    media = [s for s in streams if s.role != "text_encoder"]
+    main = media[0] if len(media) == 1 else streams[0] if len(streams) == 1 else None
+    taken: dict[str, int] = {}
+    for stream in streams:
+        name = "encoder" if stream is main else stream.role
+        taken[name] = taken.get(name, 0) + 1
+        stream.name = name if taken[name] == 1 else f"{name}{taken[name]}"
+        stream.blocks = [_renamed(stream, p) for p in stream.blocks]
+        stream.out = _renamed(stream, stream.out) if stream.out else None
+
+
+def _renamed(stream: Stream, place: Place) -> Place:
+    return replace(place, name=f"{stream.name}.{place.name}")
+
+
+def _product(grid: tuple[int, ...]) -> int:
+    total = 1
+    for n in grid:
+        total *= n
+    return total

@@ -1,0 +1,145 @@
+"""Attention anchors: every attention of a graph, found by its shape and not by anybody's class names."""
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from edgewise.passes.graph import shape_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One attention: softmax(q k^T * scale + mask) v, fused in one node or spelled out.
+
+    `q (.., Q, D)` and `k (.., N, D)`, or `(.., D, N)` where `transposed_k`, are what is multiplied. `softmax` is the
+    fused node, or the softmax whose value `(.., Q, N)` is the attention map. `out` is the product with the values.
+    `residual` is the stream that the projected `out` is added to, `joined` the sum (None: no residual stream found).
+    `scale`, `mask` and `causal` are those of a fused node.
+    """
+
+    index: int
+    q: fx.Node
+    k: fx.Node
+    softmax: fx.Node
+    out: fx.Node
+    scale: float = 1.0
+    mask: fx.Node | None = None
+    causal: bool = False
+    transposed_k: bool = False
+    residual: fx.Node | None = None
+    joined: fx.Node | None = None
+
+    @property
+    def fused(self) -> bool:
+        return self.softmax is self.out
+
+    @property
+    def key_axis(self) -> int:
+        """The dimension of `k` that counts tokens."""
+        return len(shape_of(self.k)) - (1 if self.transposed_k else 2)
+
+
+_MATMULS = {aten.matmul.default: (0, 1), aten.bmm.default: (0, 1), aten.mm.default: (0, 1),
+            aten.baddbmm.default: (1, 2)}
+_SOFTMAXES = {aten.softmax.int, aten._softmax.default}
+_ADDS = {aten.add.Tensor}
+_KEEP_TOKENS = {aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.dropout.default}
+"""Ops besides elementwise ones that may stand between the products and the softmax."""
+_SEARCH = 64
+"""How many nodes to look at for what belongs to one attention; a block of a known family needs under 30."""
+
+
+def find_anchors(graph: fx.Graph) -> list[Anchor]:
+    """All attentions in the order in which they run."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    found: list[Anchor] = []
+    for node in graph.nodes:
+        if node.target is aten.scaled_dot_product_attention.default:
+            anchor: Anchor | None = _fused(node, len(found))
+        elif node.target in _SOFTMAXES:
+            anchor = _unfused(node, len(found))
+        else:
+            continue
+        if anchor is not None:
+            found.append(_with_residual(anchor, order))
+    return found
+
+
+def elementwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def _fused(node: fx.Node, index: int) -> Anchor:
+    given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args)) | dict(node.kwargs)
+    q, k, mask = given["query"], given["key"], given.get("attn_mask")
+    scale = given.get("scale")
+    assert isinstance(q, fx.Node) and isinstance(k, fx.Node)
+    return Anchor(index, q, k, node, node, shape_of(q)[-1] ** -0.5 if scale is None else float(scale),  # type: ignore[arg-type]
+                  mask=mask if isinstance(mask, fx.Node) else None, causal=bool(given.get("is_causal", False)))
+
+
+def _unfused(softmax: fx.Node, index: int) -> Anchor | None:
+    """A softmax over the last dimension, between two matrix products."""
+    if softmax.args[1] not in (-1, len(shape_of(softmax)) - 1):
+        return None
+    product = _first(softmax, lambda node: node.all_input_nodes)
+    out = _first(softmax, lambda node: list(node.users))
+    if product is None or out is None:
+        return None
+    q, k = (product.args[i] for i in _MATMULS[product.target])
+    assert isinstance(q, fx.Node) and isinstance(k, fx.Node)
+    return Anchor(index, q, k, softmax, out, transposed_k=True)
+
+
+def _first(softmax: fx.Node, neighbours: object) -> fx.Node | None:
+    """The nearest matrix product in one direction, past elementwise ops, masks and reshapes."""
+    queue, seen = list(neighbours(softmax)), set()  # type: ignore[operator]
+    while queue and len(seen) < _SEARCH:
+        node = queue.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target in _MATMULS:
+            return node
+        if node.op == "call_function" and (elementwise(node) or node.target in _KEEP_TOKENS):
+            queue += neighbours(node)  # type: ignore[operator]
+    return None
+
+
+def _with_residual(anchor: Anchor, order: dict[fx.Node, int]) -> Anchor:
+    """Find the addition that joins the attention's output with the stream it was computed from."""
+    above = set(_ancestors(anchor.q, order))
+    derived, heap = {anchor.out}, [(order[anchor.out], anchor.out)]
+    for _ in range(_SEARCH):
+        if not heap:
+            break
+        _, node = heapq.heappop(heap)
+        for user in node.users:
+            if user.target in _ADDS and len(user.all_input_nodes) == 2:
+                other = next(n for n in user.all_input_nodes if n is not node)
+                if other in above and shape_of(other) == shape_of(user):
+                    return replace(anchor, residual=other, joined=user)
+            if user not in derived and user.op == "call_function":
+                derived.add(user)
+                heapq.heappush(heap, (order[user], user))
+    return anchor
+
+
+def _ancestors(node: fx.Node, order: dict[fx.Node, int]) -> Iterator[fx.Node]:
+    """Computed ancestors of a node, nearest in graph order first."""
+    heap, seen = [(-order[node], node)], {node}
+    for _ in range(_SEARCH):
+        if not heap:
+            return
+        _, current = heapq.heappop(heap)
+        yield current
+        for parent in current.all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                heapq.heappush(heap, (-order[parent], parent))

@@ -1,0 +1,185 @@
+"""Graph surgery on an `ExportedProgram`: copy, constants, inlining, and the way back to the source line."""
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputSpec, TensorArgument
+from torch.fx.experimental.proxy_tensor import make_fx
+
+MADE_BY = "edgewise_pass"
+
+
+class Editor:
+    """An editable copy of a program's graph. `finish()` gives the program back."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.original = program
+        self.module = copy.deepcopy(program.graph_module)
+        self.graph: fx.Graph = self.module.graph
+        self.input_specs: list[InputSpec] = list(program.graph_signature.input_specs)
+        self.constants: dict[str, Any] = dict(program.constants)
+        self.fake_mode = fake_mode_of(program)
+
+    def add_constant(self, value: Tensor, hint: str) -> fx.Node:
+        """A placeholder for a constant tensor, placed before all others."""
+        name = unique(f"c_{hint}", {n.name for n in self.graph.nodes} | set(self.constants))
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
+        self.input_specs.insert(0, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), node.name))
+        self.constants[node.name] = value
+        return node
+
+    def inline(self, traced: fx.GraphModule, operands: Sequence[fx.Node | None], made_by: str,
+               source: fx.Node | None = None) -> Any:
+        """Copy a traced function's nodes to the insertion point and give back its outputs as nodes.
+
+        `operands` are the function's inputs in order. Tensors that the trace captured become constants.
+        """
+        mapping: dict[fx.Node, Any] = {}
+        inputs = iter(operands)
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                mapping[node] = next(inputs)
+            elif node.op == "get_attr":
+                mapping[node] = self.add_constant(getattr(traced, node.target).detach(), made_by)
+            elif node.op == "output":
+                return fx.node.map_arg(node.args[0], lambda n: mapping[n])
+            elif node.target in _COPIES_OF_CONSTANTS:
+                mapping[node] = mapping[node.args[0]]
+            else:
+                new = self.graph.node_copy(node, lambda n: mapping[n])
+                new.meta[MADE_BY] = made_by
+                if source is not None and "stack_trace" in source.meta:
+                    new.meta["stack_trace"] = source.meta["stack_trace"]
+                mapping[node] = new
+        raise AssertionError("a traced graph ends in an output")
+
+    def finish(self) -> ExportedProgram:
+        """Drop what is dead and build the program. Parameters stay, as the signature names them."""
+        self.graph.eliminate_dead_code()
+        used = {n.name for n in self.graph.nodes if n.op == "placeholder" and n.users}
+        specs: list[InputSpec] = []
+        for spec in self.input_specs:
+            if spec.kind == InputKind.CONSTANT_TENSOR and spec.arg.name not in used:  # type: ignore[union-attr]
+                node = next(n for n in self.graph.nodes if n.name == spec.arg.name)  # type: ignore[union-attr]
+                self.graph.erase_node(node)
+                self.constants.pop(str(spec.target), None)
+            else:
+                specs.append(spec)
+        signature = copy.copy(self.original.graph_signature)
+        signature = type(signature)(input_specs=specs, output_specs=self._output_specs())
+        self.graph.lint()
+        self.module.recompile()
+        return ExportedProgram(
+            root=self.module, graph=self.graph, graph_signature=signature, state_dict=self.original.state_dict,
+            range_constraints=self.original.range_constraints, module_call_graph=self.original.module_call_graph,
+            example_inputs=self.original.example_inputs, constants=self.constants,
+            verifiers=self.original.verifiers)
+
+    def _output_specs(self) -> list[OutputSpec]:
+        specs: list[OutputSpec] = []
+        for spec, node in zip(self.original.graph_signature.output_specs, output_nodes(self.graph), strict=True):
+            arg: Any = TensorArgument(node.name) if isinstance(node, fx.Node) else ConstantArgument("", node)
+            specs.append(OutputSpec(spec.kind, arg, spec.target))
+        return specs
+
+
+_COPIES_OF_CONSTANTS = {torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default}
+
+
+def fake_mode_of(program: ExportedProgram) -> FakeTensorMode:
+    """The mode that the program's `meta["val"]` belong to."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode()
+
+
+def trace(function: Callable[..., Any], values: Sequence[Any], pre_dispatch: bool = True) -> fx.GraphModule:
+    """Trace plain torch code over fake values into an aten graph, with `edgewise::*` ops as they are.
+
+    `pre_dispatch` keeps composite ops (matmul, softmax) whole.
+    """
+    module = make_fx(function, pre_dispatch=pre_dispatch, tracing_mode="real")(*values)
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def unique(name: str, taken: Iterable[str]) -> str:
+    """`name`, with a number behind it if it is taken."""
+    names, number = set(taken), 0
+    name = re.sub(r"\W", "_", name)
+    candidate = name
+    while candidate in names:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
+
+
+def output_nodes(graph: fx.Graph) -> list[Any]:
+    """The flat outputs of a graph (nodes, or constants)."""
+    node = next(n for n in reversed(graph.nodes) if n.op == "output")
+    return list(node.args[0])  # type: ignore[arg-type]
+
+
+def user_inputs(program: ExportedProgram) -> list[fx.Node]:
+    """The placeholders that a caller feeds, in order."""
+    names = set(program.graph_signature.user_inputs)
+    return [n for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
+
+
+def parameters_of(program: ExportedProgram) -> dict[str, Tensor]:
+    """Placeholder name to tensor, for all parameters, buffers and constants."""
+    tensors: dict[str, Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            target = str(spec.target)
+            tensors[spec.arg.name] = (program.state_dict[target] if target in program.state_dict  # type: ignore[union-attr]
+                                      else program.constants[target])
+    return tensors
+
+
+def source_line(node: fx.Node) -> str:
+    """`file.py:123, in forward: code` of the user's code that made a node, or an empty string."""
+    trace_text = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)', trace_text)
+    frames = [f for f in frames if "/torch/" not in f[0]] or frames
+    if not frames:
+        return ""
+    path, line, function, code = frames[-1]
+    short = "/".join(path.split("/")[-3:])
+    return f"{short}:{line}, in {function}: {code.strip()}"
+
+
+def describe(node: fx.Node) -> str:
+    """A node as messages name it: its name, op and source line."""
+    line = source_line(node)
+    return f"node {node.name} ({node.target})" + (f" at {line}" if line else "")
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The static shape of a node's value; empty where it is no tensor."""
+    value = node.meta.get("val")
+    return tuple(int(n) for n in value.shape) if isinstance(value, Tensor) else ()
+
+
+def reachable(sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that depend on any of `sources`, those included."""
+    seen = set(sources)
+    stack = list(seen)
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return seen

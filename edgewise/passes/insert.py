@@ -1,0 +1,319 @@
+"""Insertion: put compression into a graph, and make everything after it follow the new token counts."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map_only
+
+from edgewise.errors import Refused
+from edgewise.ops.merge import take
+from edgewise.ops.methods import Tokens
+from edgewise.ops.score import attention_rows
+from edgewise.passes.analysis import Stream
+from edgewise.passes.anchors import Anchor
+from edgewise.passes.graph import Editor, describe, reachable, shape_of, source_line, trace
+from edgewise.passes.infra import Pass, PassError, PassResult
+from edgewise.passes.plan import Step
+from edgewise.passes.symbolic import Engine
+from edgewise.passes.token_axis import Cut, Propagation, Propagator, Route, set_operand
+
+aten = torch.ops.aten
+
+
+class Insert(Pass):
+    """Insert the planned steps of one stream."""
+
+    name = "insert-compression"
+
+    def __init__(self, stream: Stream, steps: Sequence[Step], engine: Engine) -> None:
+        self.stream, self.steps, self.engine = stream, steps, engine
+
+    def call(self, program: ExportedProgram) -> PassResult:
+        editor = Editor(program)
+        _Insertion(editor, self.stream, self.steps, self.engine).run()
+        return PassResult(editor.finish(), bool(self.steps))
+
+
+@dataclass
+class _Level:
+    """The state of the stream after one cut: which tokens each method kept (None: pooled), sizes, attention bias."""
+
+    count: int
+    kept: list[fx.Node | None] = field(default_factory=list)
+    size: fx.Node | None = None
+    proportional: bool = False
+    bias: dict[int, fx.Node] = field(default_factory=dict)
+
+
+class _Insertion:
+    """One sweep through the graph in order: literals, side values and attention biases after earlier cuts, then the cut
+    itself. Shapes are propagated with the real counts on the way and compared with the symbolic proof."""
+
+    def __init__(self, editor: Editor, stream: Stream, steps: Sequence[Step], engine: Engine) -> None:
+        self.editor, self.stream, self.engine = editor, stream, engine
+        by_name = {n.name: n for n in editor.graph.nodes}
+        self.nodes = list(editor.graph.nodes)
+        self.steps: dict[fx.Node, list[Step]] = {}
+        self.cuts: list[Cut] = []
+        for step in steps:
+            node = by_name[step.place.node.name]
+            if node not in self.steps:
+                level = len(self.cuts) + 1
+                self.cuts.append(Cut(node, step.place.axis, engine.symbol(f"{stream.name}_{level}", stream.tokens), level))
+            self.steps.setdefault(node, []).append(step)
+        self.counts = {cut.symbol: self.steps[cut.node][-1].tokens_out for cut in self.cuts}
+        self.levels = [_Level(stream.tokens)]
+        self.anchors = {by_name[p.anchor.softmax.name]: p.anchor for p in stream.blocks}
+        self.by_name = by_name
+        self.routed: dict[tuple[fx.Node, tuple[int, ...], int, int], dict[int, fx.Node]] = {}
+        self.from_stream = reachable([by_name[stream.root.name]])
+        self.method = " + ".join(dict.fromkeys(step.method.name for step in steps))
+
+    def run(self) -> None:
+        if not self.cuts:
+            return
+        proof = self._prove()
+        for node in self.nodes:
+            if node in proof.values and node is not self.cuts[0].node:
+                self._follow(node, proof)
+            if node in self.steps:
+                self._compress(node, proof)
+        for node, value in proof.values.items():
+            if node not in self.steps:  # a cut's own value is that of before it; its users are compared
+                self._compare(node, value)
+
+    # -- the proof
+
+    def _prove(self) -> Propagation:
+        first = self.nodes.index(self.cuts[0].node)
+        proof = Propagator(self.engine, self.cuts, self.stream.tokens).run(self.nodes[first:])
+        for refusal in proof.refusals:
+            raise Refused(refusal.reason, node=refusal.node.name, source=source_line(refusal.node) or None,
+                          method=self.method)
+        for node, count in proof.protected.items():
+            if count > self.stream.protected:
+                raise Refused(f"it reads {count} leading tokens by their position, and {self.stream.protected} are protected",
+                              node=node.name, source=source_line(node) or None, method=self.method)
+        for node, routes in proof.routes.items():
+            for route in routes.values():
+                crossed = [s for cut in self.cuts[route.from_level:route.to_level] for s in self.steps[cut.node]]
+                self._check_route(node, route, crossed)
+        self._check_causal()
+        return proof
+
+    def _check_route(self, node: fx.Node, route: Route, crossed: list[Step]) -> None:
+        pooled = [s for s in crossed if s.method.name == "pool"]
+        merged = [s for s in crossed if s.method.merges]
+        reason = None
+        if pooled:
+            reason = f"{describe(route.value)} has one entry for each token, and pooled tokens have none of their own"
+        elif merged and route.value in self.from_stream:
+            reason = (f"{describe(route.value)} holds the tokens of before {merged[0].place.name}, and would have to be "
+                      "merged with them")
+        if reason:
+            raise Refused(reason, node=node.name, source=source_line(node) or None, method=crossed[0].method.name)
+
+    def _check_causal(self) -> None:
+        steps = [step for steps in self.steps.values() for step in steps]
+        shuffling = next((s for s in steps if not s.method.keeps_order or s.method.merges), None)
+        after = reachable([self.cuts[0].node])
+        for softmax, anchor in self.anchors.items():
+            if shuffling is not None and anchor.causal and softmax in after:
+                raise Refused("the attention is causal, and the method does not keep tokens in order", node=softmax.name,
+                              source=source_line(softmax) or None, method=shuffling.method.name)
+
+    # -- after a cut
+
+    def _follow(self, node: fx.Node, proof: Propagation) -> None:
+        """Make one node follow the cuts before it."""
+        with self.editor.graph.inserting_before(node):
+            for place, route in proof.routes.get(node, {}).items():
+                set_operand(node, place, self._route(route))
+            if node in proof.literals:
+                literals = tree_map_only(sympy.Expr, lambda n: int(n.xreplace(self.counts)), proof.literals[node])
+                node.args = (node.args[0], *literals[1:])
+            if node in self.anchors and self.levels[-1].proportional:
+                self._make_proportional(node, self.anchors[node])
+        self._propagate(node)
+
+    def _propagate(self, node: fx.Node) -> None:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self.editor.fake_mode:
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _compare(self, node: fx.Node, proven: Any) -> None:
+        value = node.meta["val"]
+        for ours, theirs in zip(*((proven, value) if isinstance(value, (list, tuple)) else ([proven], [value]))):
+            expected = tuple(int(n.xreplace(self.counts)) if isinstance(n, sympy.Expr) else n for n in ours.shape)
+            if isinstance(theirs, Tensor) and tuple(theirs.shape) != expected:
+                raise PassError(f"Pass developer: {describe(node)} came out as {tuple(theirs.shape)}, proven {expected}")
+
+    def _emit(self, function: Any, operands: Sequence[fx.Node | None], source: fx.Node, made_by: str | None = None) -> Any:
+        values = [None if n is None else n.meta["val"] for n in operands]
+        given = [v for v in values if v is not None]
+        present = [v is not None for v in values]
+
+        def call(*tensors: Tensor) -> Any:
+            rest = iter(tensors)
+            return function(*(next(rest) if p else None for p in present))
+
+        with self.editor.fake_mode:
+            traced = trace(call, given)
+        return self.editor.inline(traced, [n for n in operands if n is not None], made_by or Insert.name, source)
+
+    def _route(self, route: Route) -> fx.Node:
+        """A side value brought from its level to the stream's, one gather for each cut and axis."""
+        key = (route.value, route.axes, route.prefix, route.rank)
+        known = self.routed.setdefault(key, {route.from_level: route.value})
+        level = max(n for n in known if n <= route.to_level)
+        lead = route.rank - len(shape_of(route.value))
+        value = known[level]
+        while level < route.to_level:
+            level += 1
+            for kept in self.levels[level].kept:
+                assert kept is not None, "a pooled level has no routes"
+
+                def gather(v: Tensor, k: Tensor, first: bool = level == route.from_level + 1) -> Tensor:
+                    v = v.reshape([1] * (route.rank - v.ndim) + list(v.shape))
+                    for axis in route.axes:
+                        v = take(v, k, axis + lead, route.prefix)
+                    return v
+
+                value = self._emit(gather, [value, kept], route.value)
+            known[level] = value
+        return value
+
+    def _make_proportional(self, softmax: fx.Node, anchor: Anchor) -> None:
+        """Add log(size) over the keys to the attention logits."""
+        level = self.levels[-1]
+        assert level.size is not None
+        logits = softmax.args[0] if not anchor.fused else None
+        rank = 4 if anchor.fused else len(shape_of(logits))  # type: ignore[arg-type]
+        if rank not in level.bias:
+            level.bias[rank] = self._emit(lambda s: s.squeeze(-1).log().reshape(s.shape[0], *[1] * (rank - 2), s.shape[1]),
+                                          [level.size], softmax)
+        bias = level.bias[rank]
+        if anchor.fused:
+            given = dict(softmax.kwargs)
+            mask = softmax.args[3] if len(softmax.args) > 3 else given.pop("attn_mask", None)
+            if mask is not None:
+                bias = self._emit(_combine, [mask, bias], softmax)  # type: ignore[list-item]
+            softmax.kwargs = given
+            softmax.args = (*softmax.args[:3], bias, *softmax.args[4:])
+        else:
+            softmax.update_arg(0, self._emit(_add_bias, [logits, bias], softmax))  # type: ignore[list-item]
+
+    # -- the cut
+
+    def _compress(self, node: fx.Node, proof: Propagation) -> None:
+        before = self.levels[-1]
+        level = _Level(before.count, size=before.size, proportional=before.proportional)
+        self.levels.append(level)
+        x = last = node
+        for step in self.steps[node]:
+            after = last.next
+            x, level.size, kept = self._step(step, x, level, after, proof)
+            last = after.prev
+            level.kept.append(kept)
+            level.count = step.tokens_out
+            level.proportional |= step.method.merges and bool(dict(step.parameters).get("prop_attn", False))
+        emitted = set()
+        while last is not node:
+            emitted.add(last)
+            last = last.prev
+        node.replace_all_uses_with(x, delete_user_cb=lambda user: user not in emitted)
+
+    def _step(self, step: Step, x: fx.Node, level: _Level, after: fx.Node,
+              proof: Propagation) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
+        """Emit one method before the node `after`; gives back tokens, sizes and the indices of kept tokens."""
+        anchor, needs = step.place.anchor, step.method.needs
+        softmax = self.by_name[anchor.softmax.name]
+        q = k = mask = weights = None
+        with self.editor.graph.inserting_before(after):
+            if "attention" in needs and not anchor.fused:
+                weights = softmax
+                if self._level_of(softmax, proof) != len(self.levels) - 2 or level.kept:
+                    raise Refused(f"the attention map of {describe(softmax)} is that of before another method",
+                                  node=softmax.name, method=step.method.name)
+            elif "attention" in needs:
+                if anchor.causal:
+                    raise Refused("under a causal mask early tokens receive more attention whatever they hold",
+                                  node=softmax.name, method=step.method.name)
+                q = self._scored(anchor.q, len(shape_of(anchor.q)) - 2, level, proof)
+                mask = softmax.args[3] if len(softmax.args) > 3 else None
+            if "keys" in needs or q is not None:
+                k = self._scored(anchor.k, anchor.key_axis, level, proof)
+            return self._emit(lambda *values: _reduce(step, anchor, self.stream, *values),
+                              [x, level.size, q, k, mask, weights], x, f"{Insert.name}:{step.method.name}")
+
+    def _level_of(self, node: fx.Node, proof: Propagation) -> int:
+        value = proof.values.get(node)
+        symbols = value.symbols if value is not None and not isinstance(value, (list, tuple)) else set()
+        return max((cut.level for cut in self.cuts if cut.symbol in symbols), default=0)
+
+    def _scored(self, captured: fx.Node, axis: int, level: _Level, proof: Propagation) -> fx.Node:
+        """Queries or keys of an anchor, brought to the tokens of the site where they score."""
+        node = self.by_name[captured.name]
+        here = len(self.levels) - 2
+        value = self._route(Route(node, (axis,), 0, self._level_of(node, proof), here, len(shape_of(node))))
+        for kept in level.kept:  # methods before this one at the same site
+            if kept is None:
+                raise Refused("pooled tokens have no attention of their own", node=node.name)
+            value = self._emit(lambda v, k: take(v, k, axis, 0), [value, kept], node)
+        return value
+
+
+def _reduce(step: Step, anchor: Anchor, stream: Stream, x: Tensor, size: Tensor | None, q: Tensor | None,
+            k: Tensor | None, mask: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What one step computes, in plain torch: the traced body of an insertion."""
+    axis = step.place.axis
+    tokens = _batch_first(x, axis)
+    batch, count = tokens.shape[:2]
+
+    def heads(t: Tensor, transposed: bool) -> Tensor:
+        t = t.transpose(-1, -2) if transposed else t
+        return t.reshape(batch, -1, *t.shape[-2:])
+
+    def attend(rows: slice) -> Tensor:
+        if weights is not None:
+            return weights.reshape(batch, -1, *weights.shape[-2:])[:, :, rows]
+        assert q is not None and k is not None
+        bias = mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
+        return attention_rows(heads(q, False)[:, :, rows], heads(k, anchor.transposed_k), anchor.scale, bias)
+
+    keys = None if k is None else heads(k, anchor.transposed_k).mean(dim=1)
+    result = step.method.reduce(
+        Tokens(tokens, size, keys, attend, stream.grid, None, step.protected, has_class=stream.prefix > 0),
+        keep=step.keep, **dict(step.parameters))
+    return _as_before(result.tokens, x, axis), result.size, result.kept
+
+
+def _batch_first(x: Tensor, axis: int) -> Tensor:
+    """`x` as `(B, N, C)`."""
+    if x.ndim == 2:
+        return x.unsqueeze(0) if axis == 0 else x.t().unsqueeze(0)
+    return x if axis == 1 else x.transpose(0, 1)
+
+
+def _as_before(tokens: Tensor, x: Tensor, axis: int) -> Tensor:
+    if x.ndim == 2:
+        return tokens[0] if axis == 0 else tokens[0].t()
+    return tokens if axis == 1 else tokens.transpose(0, 1)
+
+
+def _combine(mask: Tensor, bias: Tensor) -> Tensor:
+    """An attention mask (True where attended, or additive) and a bias, as one additive mask."""
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
+
+
+def _add_bias(logits: Tensor, bias: Tensor) -> Tensor:
+    if logits.shape[0] > bias.shape[0] > 1:
+        bias = bias.repeat_interleave(logits.shape[0] // bias.shape[0], dim=0)
+    return logits + bias.to(logits.dtype)
+

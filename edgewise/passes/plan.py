@@ -1,0 +1,249 @@
+"""From a compression spec to a plan: which method keeps how many tokens at which site. Numbers only, no graph."""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgewise.errors import InputError, Refused, unknown
+from edgewise.ops.budget import count_to_keep, kept_count, merge_schedule, spread_removal
+from edgewise.ops.match import max_merges
+from edgewise.ops.methods import METHODS, Method, Parameter
+from edgewise.passes.analysis import Analysis, Place, Stream
+from edgewise.passes.graph import describe
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One `METHOD[@SITE][:key=value,...]`, parsed. `site` is the text behind the `@`, or None."""
+
+    text: str
+    method: Method
+    site: str | None
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method at one site: of `tokens_in` tokens, `tokens_out` stay (the protected ones counted in both)."""
+
+    place: Place
+    method: Method
+    tokens_in: int
+    tokens_out: int
+    parameters: tuple[tuple[str, Any], ...]
+    protected: int
+
+    @property
+    def keep(self) -> int:
+        return self.tokens_out - self.protected
+
+
+def parse_spec(text: str) -> Spec:
+    """Parse the `--compress` grammar, for example `tome:keep=0.5,schedule=decreasing` or `topk@encoder.block[3]:keep=64`.
+
+    Raises InputError naming what is wrong, with the nearest known method or parameter.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise InputError("an empty compression spec: give METHOD[@SITE][:key=value,...], for example tome:keep=0.5")
+    head, _, tail = text.strip().partition(":")
+    name, at, site = head.partition("@")
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    if at and not site:
+        raise InputError(f"{text!r}: no site behind the @; for example {name}@encoder.block[3]")
+    method = METHODS[name]
+    known = {p.name: p for p in method.parameters}
+    given: dict[str, Any] = {}
+    for pair in re.split(r",(?![^\[]*\])", tail) if tail else []:
+        key, equals, value = pair.partition("=")
+        key, value = key.strip(), value.strip()
+        if not equals or not value:
+            raise InputError(f"{text!r}: {pair!r} is not key=value")
+        if key not in known:
+            raise unknown(f"parameter of {name}", key, known)
+        if key in given:
+            raise InputError(f"{text!r}: {key} is given twice")
+        given[key] = _value(text, known[key], value)
+    if "keep" in given and ({"r", "stride"} & set(given)):
+        raise InputError(f"{text!r}: give keep or {'r' if 'r' in given else 'stride'}, not both")
+    return Spec(text.strip(), method, site or None, given)
+
+
+def _value(text: str, parameter: Parameter, value: str) -> Any:
+    if parameter.choices:
+        if value not in parameter.choices:
+            raise unknown(f"value of {parameter.name} in {text!r}", value, parameter.choices)
+        return value
+    if isinstance(parameter.default, bool):
+        if value.lower() not in ("true", "false", "on", "off", "1", "0"):
+            raise InputError(f"{text!r}: {parameter.name}={value} is not true or false")
+        return value.lower() in ("true", "on", "1")
+    if parameter.name == "r" and value.startswith("["):
+        if not re.fullmatch(r"\[\s*\d+(\s*,\s*\d+)*\s*\]", value):
+            raise InputError(f"{text!r}: r={value} is not a list of whole numbers such as [16,8,0]")
+        return [int(n) for n in value[1:-1].split(",")]
+    try:
+        return int(value)
+    except ValueError:
+        if parameter.name != "keep":
+            raise InputError(f"{text!r}: {parameter.name}={value} is not a whole number") from None
+    try:
+        return float(value)
+    except ValueError:
+        raise InputError(f"{text!r}: keep={value} is not a number") from None
+
+
+def make_plan(analysis: Analysis, specs: Sequence[Spec]) -> tuple[list[tuple[Stream, list[Step]]], list[str]]:
+    """Steps for every stream that is compressed, in graph order, and notes on what was adjusted.
+
+    Raises InputError for an impossible count or an unknown site, and Refused where a site exists but its graph does not
+    allow compression.
+    """
+    notes: list[str] = []
+    chosen = [(spec, *_places(analysis, spec)) for spec in specs]
+    plan = []
+    for stream in analysis.streams:
+        rank = {place.name: i for i, place in enumerate(stream.places)}
+        entries = sorted(((rank[p.name], n, spec) for n, (spec, s, places) in enumerate(chosen) if s is stream
+                          for p in places), key=lambda e: e[:2])
+        if entries:
+            plan.append((stream, _steps(stream, [(stream.places[r], spec) for r, _, spec in entries], notes)))
+    return plan, notes
+
+
+def _places(analysis: Analysis, spec: Spec) -> tuple[Stream, list[Place]]:
+    """The stream and places that a spec names, or those that are its method's default."""
+    name = spec.method.name
+    if not analysis.streams:
+        raise _no_streams(analysis, name)
+    by_name = {p.name: (s, p) for s in analysis.streams for p in s.places}
+    if spec.site is None:
+        stream = _default_stream(analysis, spec)
+        if spec.method.every_block:
+            places = stream.blocks
+        elif stream.out is not None and stream.out_is_read:
+            places = [stream.out]
+        elif "block" in spec.method.sites:
+            places = [stream.blocks[(len(stream.blocks) - 1) // 2]]
+        else:
+            raise Refused("nothing after the encoder's output reads any token but the protected ones, so compressing "
+                          "there changes nothing", method=name)
+    else:
+        names = _expand_site(spec.site, analysis)
+        for site in names:
+            if site not in by_name:
+                raise unknown("site", site, by_name)
+        stream = by_name[names[0]][0]
+        if any(by_name[n][0] is not stream for n in names):
+            raise InputError(f"{spec.text!r} names sites of several encoders: give one spec for each")
+        places = [by_name[n][1] for n in names]
+    for place in places:
+        kind = "out" if place.name.endswith(".out") else "block"
+        if kind not in spec.method.sites:
+            raise InputError(f"{name} has no meaning at {place.name}: it goes to "
+                             f"{' or '.join('encoder.out' if s == 'out' else 'encoder.block[i]' for s in spec.method.sites)}")
+        if place is stream.out and not stream.out_is_read:
+            raise Refused(f"nothing after {place.name} reads any token but the protected ones, so compressing there "
+                          f"changes nothing: use {name}@{stream.name}.block[i]", method=name,
+                          node=place.node.name)
+        if place.refused:
+            raise Refused(f"the token count cannot change at {place.name}, because of {place.refused}", method=name)
+    return stream, places
+
+
+def _default_stream(analysis: Analysis, spec: Spec) -> Stream:
+    media = [s for s in analysis.streams if s.role != "text_encoder"] or analysis.streams
+    if len(media) > 1:
+        names = ", ".join(f"{spec.method.name}@{s.name}.block[*]" for s in media)
+        raise InputError(f"the model has several encoders: say which one {spec.text!r} is for, as in {names}")
+    return media[0]
+
+
+def _expand_site(site: str, analysis: Analysis) -> list[str]:
+    """`encoder.block[3,6]`, `encoder.block[*]` and `encoder.block[2:6]` as a list of names."""
+    match = re.fullmatch(r"(.+)\.block\[([\d,:* ]+)\]", site)
+    if not match:
+        return [site]
+    stream, inside = match.groups()
+    blocks = next((len(s.blocks) for s in analysis.streams if s.name == stream), 0)
+    numbers: list[int] = []
+    for part in inside.replace(" ", "").split(","):
+        if part == "*":
+            numbers += range(blocks)
+        elif ":" in part:
+            first, last = part.split(":", 1)
+            numbers += range(int(first or 0), min(int(last), blocks) if last else blocks)
+        elif part.isdigit():
+            numbers.append(int(part))
+    if not numbers:
+        raise InputError(f"site {site!r} names no block: give block[i], block[i,j], block[i:j] or block[*]")
+    return [f"{stream}.block[{n}]" for n in sorted(set(numbers))]
+
+
+def _no_streams(analysis: Analysis, method: str) -> Refused:
+    if not analysis.anchors:
+        return Refused("the model has no attention: nothing in its graph is a token stream", method=method)
+    index, reason = next(iter(analysis.unplaced.items()))
+    anchor = analysis.anchors[index]
+    return Refused(f"none of its {len(analysis.anchors)} attentions runs over a stream of tokens that could be compressed. "
+                   f"The first is {describe(anchor.softmax)}: {reason}", method=method, node=anchor.softmax.name)
+
+
+def _steps(stream: Stream, entries: list[tuple[Place, Spec]], notes: list[str]) -> list[Step]:
+    count, steps = stream.tokens, []
+    schedules: dict[int, list[int]] = {}
+    position: dict[int, int] = {}
+    for place, spec in entries:
+        free = count - stream.protected
+        parameters = {p.name: p.default for p in spec.method.parameters if p.name not in ("keep", "r", "schedule")}
+        parameters |= {k: v for k, v in spec.parameters.items() if k in parameters}
+        try:
+            _check_needs(spec.method, stream, steps)
+            if spec.method.every_block:
+                if id(spec) not in schedules:
+                    sites = sum(s is spec for _, s in entries)
+                    schedules[id(spec)] = _schedule(spec, count, stream.protected, sites)
+                wanted = schedules[id(spec)][position.setdefault(id(spec), 0)]
+                position[id(spec)] += 1
+                merged = min(wanted, max_merges(count, stream.protected))
+                if merged < wanted:
+                    notes.append(f"{spec.text} at {place.name}: r={wanted} clipped to {merged}, half of the {free} "
+                                 "unprotected tokens")
+                keep = free - merged
+            else:
+                keep = count_to_keep(spec.method, spec.parameters.get("keep"), None, count, stream.protected, stream.grid,
+                                     parameters)
+        except ValueError as error:
+            raise InputError(f"{spec.text!r} at {place.name} ({count} tokens, {stream.protected} of them protected): "
+                             f"{error}") from error
+        if keep < free:
+            steps.append(Step(place, spec.method, count, stream.protected + keep, tuple(sorted(parameters.items())),
+                              stream.protected))
+            count = stream.protected + keep
+    return steps
+
+
+def _check_needs(method: Method, stream: Stream, before: list[Step]) -> None:
+    if "grid" in method.needs:
+        if stream.grid is None:
+            raise ValueError(f"{method.name} needs tokens on a grid, and none was found in this graph")
+        if before:
+            raise ValueError(f"{method.name} needs tokens on a grid, and {before[-1].method.name} before it breaks the grid")
+
+
+def _schedule(spec: Spec, count: int, protected: int, blocks: int) -> list[int]:
+    given, free = spec.parameters, count - protected
+    shape = given.get("schedule", "constant")
+    if "r" in given:
+        r = given["r"]
+        if isinstance(r, list) and "schedule" in given:
+            raise ValueError("a list of r is a schedule of its own: leave schedule out")
+        most = max_merges(count, protected)
+        if max([r] if isinstance(r, int) else r, default=0) > most:
+            raise ValueError(f"r={r} is too large: at most {most} tokens can merge at one block here")
+        return merge_schedule(r, blocks, shape)
+    if "keep" not in given:
+        raise ValueError("give keep=... (what stays at the end) or r=... (what is merged at every block)")
+    return spread_removal(free - kept_count(given["keep"], free), count, protected, blocks, shape)

@@ -1,0 +1,100 @@
+"""A program: a captured `ExportedProgram` plus what is known of it, and its compression."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from edgewise.passes.analysis import Analysis, analyse
+from edgewise.passes.cleanup import CLEANUP
+from edgewise.passes.insert import Insert
+from edgewise.passes.plan import Spec, Step, make_plan, parse_spec
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where compression may go: its token count before and after, by what, and what stands in the way."""
+
+    name: str
+    tokens_in: int
+    tokens_out: int
+    methods: tuple[str, ...] = ()
+    side_values: tuple[str, ...] = ()
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """One captured component.
+
+    `exported` is the graph as it is now; `base` the cleaned uncompressed one; `inputs` example tensors by name;
+    `output_names` the names of the flat outputs; `notes` what was adjusted on the way.
+    """
+
+    exported: ExportedProgram
+    base: ExportedProgram
+    inputs: dict[str, Tensor]
+    output_names: tuple[str, ...]
+    role: str = "encoder"
+    specs: tuple[Spec, ...] = ()
+    steps: tuple[Step, ...] = ()
+    notes: tuple[str, ...] = ()
+    meanings: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        return analyse(self.base)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every site in graph order, with its token counts in this program."""
+        sites = []
+        for stream in self.analysis.streams:
+            count = stream.tokens
+            for place in stream.places:
+                steps = [s for s in self.steps if s.place.name == place.name]
+                after = steps[-1].tokens_out if steps else count
+                sites.append(Site(place.name, count, after, tuple(s.method.name for s in steps), place.side_values,
+                                  place.refused))
+                count = after
+        return sites
+
+    def module(self) -> torch.nn.Module:
+        """The program as a module, callable like the model."""
+        return self.exported.module()
+
+    def uncompressed(self) -> Program:
+        """The program as captured and cleaned."""
+        return replace(self, exported=self.base, specs=(), steps=(), notes=())
+
+
+def make_program(captured: ExportedProgram, inputs: dict[str, Tensor], output_names: Sequence[str],
+                 **known: Any) -> Program:
+    """Clean a captured program up."""
+    result = CLEANUP(captured)
+    return Program(result.program, result.program, inputs, tuple(output_names), notes=result.notes, **known)
+
+
+def compress(program: Program, *specs: str) -> Program:
+    """Insert compression, for example `compress(program, "tome:keep=0.5")`.
+
+    Specs add to those that the program already has; the whole plan is made anew from the uncompressed graph. Raises
+    InputError for a spec that makes no sense for this model, Refused where the graph cannot be proven right.
+    """
+    parsed = (*program.specs, *(parse_spec(s) for s in specs))
+    if not parsed:
+        return program
+    plan, notes = make_plan(program.analysis, parsed)
+    exported = program.base
+    for stream, steps in plan:
+        exported = Insert(stream, steps, program.analysis.engine)(exported).program
+    steps = tuple(step for _, steps in plan for step in steps)
+    compressed = replace(program, exported=exported, specs=parsed, steps=steps, notes=tuple(notes))
+    # The analysis is of the uncompressed graph, which is the same: do not make it twice.
+    compressed.__dict__["analysis"] = program.analysis
+    return compressed
