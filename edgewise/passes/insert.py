@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
 from edgewise.errors import Refused
-from edgewise.ops.merge import take
+from edgewise.ops.reduce import take
 from edgewise.ops.methods import Tokens
 from edgewise.ops.score import attention_rows
 from edgewise.passes.analysis import Stream

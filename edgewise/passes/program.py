@@ -68,6 +68,14 @@ class Program:
         """The program as a module, callable like the model."""
         return self.exported.module()
 
+    def with_role(self) -> Program:
+        """The same with the role of its only stream of tokens, or `model` where it has several or none."""
+        roles = [s.role for s in self.analysis.streams]
+        role = roles[0] if len(roles) == 1 else "model"
+        named = replace(self, role=role)
+        named.__dict__["analysis"] = self.analysis
+        return named
+
     def uncompressed(self) -> Program:
         """The program as captured and cleaned."""
         return replace(self, exported=self.base, specs=(), steps=(), notes=())

@@ -1,0 +1,1 @@
+"""Capture, model sources, recipe, and the pipeline that joins passes and targets into a bundle."""

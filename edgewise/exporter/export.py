@@ -1,0 +1,311 @@
+"""The pipeline: model to program, compressed, legalised, lowered, verified at every step, and written as a bundle."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save as save_tensors
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from edgewise import targets as target_registry
+from edgewise.bundle.manifest import Artifact, Component, Manifest, ModelInfo, TensorInfo
+from edgewise.bundle.manifest import Site as ManifestSite
+from edgewise.bundle.reader import Bundle
+from edgewise.bundle.writer import write_bundle
+from edgewise.errors import CheckFailed, InputError
+from edgewise.exporter.cache import Cache
+from edgewise.exporter.capture import capture, evaluating, from_exported, quiet
+from edgewise.exporter.digest import Weights, artifact_key
+from edgewise.exporter.recipe import Recipe
+from edgewise.exporter.report import write_report
+from edgewise.exporter.run import Outputs, Runner, as_array, round_to_half
+from edgewise.exporter.sources import Source, load_source, random_ids, random_input
+from edgewise.passes.flops import total_flops
+
+from edgewise.passes.legalise import Legalise
+from edgewise.passes.program import Program, compress as insert
+from edgewise.targets import Target
+from edgewise.verify.ladder import Rung, judge
+from edgewise.verify.metrics import overlap
+from edgewise.version import __version__
+
+CAPTURE_THRESHOLD = 1e-5
+LOWERING_THRESHOLD = 1e-4
+"""Largest relative error of a step that should change nothing. fp16 artifacts are held to it as well: they are compared
+with the program at the weights that half precision leaves, so that storage and lowering errors are not mixed up."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with steps done, steps in all, and what is done now."""
+
+
+@dataclass
+class Job:
+    """One export on its way: everything that the steps hand on."""
+
+    recipe: Recipe
+    source: Source
+    chosen: list[Target]
+    progress: Progress | None = None
+    cache: Cache | None = None
+    weights: Weights = field(default_factory=Weights)
+    rungs: list[Rung] = field(default_factory=list)
+    done: int = 0
+
+    def step(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress(self.done, 6 + 2 * len(self.chosen), text)
+        self.done += 1
+
+    def judge(self, *args: Any, **kwargs: Any) -> None:
+        """Add a rung; a failed one ends the export, and nothing is published."""
+        rung = judge(*args, **kwargs)
+        self.rungs.append(rung)
+        if rung.passed is False:
+            worst = max(rung.outputs.items(), key=lambda kv: float("inf") if kv[1].relative is None else kv[1].relative)
+            found = "not finite" if not worst[1].finite else f"relative error {worst[1].relative}"
+            raise CheckFailed(f"{rung.kind} check failed: {rung.name} against {rung.against}, output {worst[0]!r}: {found}, "
+                              f"allowed {rung.threshold:g}. Nothing was written")
+
+
+def export(model: str | nn.Module | ExportedProgram, out: str | os.PathLike[str], *, example: Any = None,
+           targets: Sequence[str] = ("openvino",), compress: str | Sequence[str] | None = None, precision: str = "fp32",
+           calibration: Any = None, input_shapes: Mapping[str, tuple[int, ...]] | None = None, batch: int = 1, seed: int = 0,
+           trust_remote_code: bool = False, weights_only: bool = False, cache: bool = True,
+           progress: Progress | None = None) -> Bundle:
+    """Export a model to a bundle: compressed, lowered to every target, verified, written whole or not at all.
+
+    Args:
+        model: what MODEL may be on the command line, an `nn.Module`, or an `ExportedProgram`.
+        out: the bundle's folder. A bundle that is there is replaced; anything else is left alone, and an error.
+        example: example inputs of an `nn.Module`: a tuple of positional or a dict of keyword arguments.
+        targets: names of targets. compress: one or more specs, such as `"tome:keep=0.5"`.
+        precision: `fp32` or `fp16` (weights stored in half precision).
+        calibration: not used by these precisions; giving it is an error.
+        input_shapes, batch, trust_remote_code, weights_only: see `load_source`.
+        seed: of example inputs, where no real ones are at hand. cache: reuse lowered artifacts.
+
+    Raises InputError (bad input), Refused (no provably right graph) or CheckFailed (a rung above its threshold).
+    """
+    specs = (compress,) if isinstance(compress, str) else tuple(compress or ())
+    chosen = _targets(targets, precision)
+    if calibration is not None:
+        raise InputError(f"precision {precision} takes no calibration data: it has no statistics to gather")
+    if isinstance(model, str) and example is not None:
+        raise InputError("example inputs go with a module; for a named model give input_shapes")
+    if progress is not None:
+        progress(0, 6 + 2 * len(chosen), "load the model")
+    if isinstance(model, str):
+        source = load_source(model, input_shapes=input_shapes, batch=batch, seed=seed, trust_remote_code=trust_remote_code,
+                             weights_only=weights_only)
+    else:
+        source = _given(model, example)
+    recipe = Recipe(model=source.name, compress=specs, targets=tuple(t.name for t in chosen), precision=precision,
+                    input_shapes={k: tuple(v) for k, v in (input_shapes or {}).items()}, batch=batch, seed=seed)
+    job = Job(recipe, source, chosen, progress, Cache() if cache else None, done=1)
+    # The place is checked by the writer before any work is done.
+    return write_bundle(out, lambda folder: _build(job, folder))
+
+
+def _targets(names: Sequence[str], precision: str) -> list[Target]:
+    if not names:
+        raise InputError(f"no target: give one or more of {', '.join(target_registry.names())}")
+    chosen = []
+    for name in dict.fromkeys(names):
+        target = target_registry.get(name)
+        target.check_precision(precision)
+        target.check()
+        chosen.append(target)
+    return chosen
+
+
+def _given(model: nn.Module | ExportedProgram, example: Any) -> Source:
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (
+        (), {}) if example is None else (tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
+    if isinstance(model, ExportedProgram):
+        return Source(name, type(model).__name__, exported=model, args=args, kwargs=kwargs)
+    if example is None:
+        raise InputError("example inputs are needed to capture a module: example=(x,) or example={'name': x}")
+    return Source(name, type(model).__name__, module=model, args=args, kwargs=kwargs)
+
+
+def _build(job: Job, folder: Path) -> Manifest:
+    source = job.source
+    job.step("capture")
+    if source.exported is not None:
+        given = (source.args, source.kwargs) if source.args or source.kwargs else (None, None)
+        program = from_exported(source.exported, *given)
+    else:
+        assert source.module is not None
+        program = capture(source.module, source.args, source.kwargs)
+    samples = _samples(job, program)
+    job.step("verify the capture")
+    base = _run_all(program, program.base, samples)
+    if source.module is not None:
+        job.judge("captured", "eager model", "capture", _eager(source, samples, program), base, threshold=CAPTURE_THRESHOLD)
+    job.step("compress")
+    compressed = insert(program, *job.recipe.compress)
+    runner = Runner(compressed.exported, program.output_names)
+    wanted, decisions = _stack(runner, samples)
+    job.step("verify the compression")
+    if compressed.steps:
+        _judge_compression(job, base, wanted)
+    if job.recipe.precision == "fp16":
+        half = Runner(compressed.exported, program.output_names, weights=round_to_half)
+        full, wanted = wanted, {}
+        wanted, rounded = _stack(half, samples)
+        kept = [overlap(decisions[k], rounded[k]) for k in decisions]
+        job.rungs.append(judge("fp16 weights", "compressed", "precision", full, wanted,
+                               kept_overlap=sum(kept) / len(kept) if kept else None,
+                               note="weights are stored in half precision; there is nothing to pass"))
+    artifacts = _lower_all(job, compressed, samples, wanted, folder)
+    job.step("write the bundle")
+    return _manifest(job, compressed, samples, base, wanted, artifacts, folder)
+
+
+def _judge_compression(job: Job, base: Outputs, wanted: Outputs) -> None:
+    same = {k for k in base if base[k].shape == wanted[k].shape}
+    if same:
+        job.rungs.append(judge("compressed", "uncompressed", "compression", {k: base[k] for k in sorted(same)},
+                               {k: wanted[k] for k in sorted(same)}))
+    if set(base) - same:
+        job.rungs.append(Rung(name="compressed", against="uncompressed", kind="compression",
+                              note="these outputs have fewer tokens, and cannot be compared: "
+                                   + ", ".join(sorted(set(base) - same))))
+
+
+def _lower_all(job: Job, program: Program, samples: list[dict[str, Tensor]], wanted: Outputs,
+               folder: Path) -> list[Artifact]:
+    artifacts: list[Artifact] = []
+    legalised: dict[str, ExportedProgram] = {}
+    for target in job.chosen:
+        job.step(f"lower to {target.name}")
+        step = Legalise(target.realisations)
+        key = repr(sorted(target.realisations.items()))
+        if key not in legalised:
+            legalised[key] = step(program.exported).program
+            if program.steps:
+                job.judge(f"legalised for {target.name}", "compressed", "legalisation",
+                          _run_all(program, program.exported, samples) if job.recipe.precision != "fp32" else wanted,
+                          _run_all(program, legalised[key], samples), threshold=LOWERING_THRESHOLD)
+        files = _lower(job, target, legalised[key], program, folder / target.name)
+        job.step(f"verify {target.name}")
+        artifact = Artifact(target=target.name, role=program.role, precision=job.recipe.precision,
+                            files=tuple(f"{target.name}/{path.name}" for path in files), versions=target.versions(),
+                            warnings=tuple(target.check()))
+        feeds = [{k: as_array(v) for k, v in sample.items()} for sample in samples]
+        with target.load(files) as session:
+            results = [session.run(feed) for feed in feeds]
+        job.judge(artifact.label, "compressed" if job.recipe.precision == "fp32" else f"{job.recipe.precision} weights",
+                  "lowering", wanted, {k: np.stack([r[k] for r in results]) for k in results[0]},
+                  threshold=LOWERING_THRESHOLD)
+        artifacts.append(artifact)
+    return artifacts
+
+
+def _lower(job: Job, target: Target, legal: ExportedProgram, program: Program, folder: Path) -> list[Path]:
+    names = list(program.inputs)
+    precision = job.recipe.precision
+
+    def make(place: Path) -> list[Path]:
+        place.mkdir(parents=True, exist_ok=True)
+        with quiet():
+            return target.lower(legal, place, program.role, precision=precision, input_names=names,
+                                output_names=list(program.output_names))
+
+    if job.cache is None:
+        return make(folder)
+    key = artifact_key(legal, job.weights, {
+        "edgewise": __version__, "target": target.name, "versions": target.versions(), "precision": precision,
+        "inputs": names, "outputs": program.output_names, "stem": program.role})
+    return job.cache.fetch(key, folder, make)[0]
+
+
+def _samples(job: Job, program: Program) -> list[dict[str, Tensor]]:
+    """Inputs to verify with: some of the source's real ones, else the example and a second seeded one."""
+    real = job.source.samples
+    if real and set(real) == set(program.inputs):
+        size = next(iter(program.inputs.values())).shape[0]
+        count = len(next(iter(real.values())))
+        # Spread over the split, which may be sorted by label.
+        starts = [i * (count - size) // 3 for i in range(4)]
+        return [{k: torch.from_numpy(real[k][s:s + size].copy()) for k in real} for s in starts]
+    second = {}
+    for name, value in program.inputs.items():
+        if value.is_floating_point():
+            second[name] = random_input(tuple(value.shape), value.dtype, job.recipe.seed + 1) * float(value.std().nan_to_num(1.0)
+                                                                                                      or 1.0)
+        elif value.dtype == torch.int64 and name.endswith("ids"):
+            second[name] = random_ids(tuple(value.shape), int(value.max()) + 1, job.recipe.seed + 1)
+        else:
+            second[name] = value
+    return [dict(program.inputs), second]
+
+
+def _eager(source: Source, samples: list[dict[str, Tensor]], program: Program) -> Outputs:
+    """The model itself on the samples, in place of its example inputs."""
+    assert source.module is not None
+    flat, spec = pytree.tree_flatten((tuple(source.args), dict(source.kwargs)))
+    where = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
+    results = []
+    with evaluating(source.module), quiet():
+        for sample in samples:
+            leaves = list(flat)
+            for i, value in zip(where, sample.values()):
+                leaves[i] = value
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            outputs = pytree.tree_leaves(source.module(*args, **kwargs))
+            results.append({n: as_array(v) for n, v in zip(program.output_names, outputs) if isinstance(v, Tensor)})
+    return {k: np.stack([r[k] for r in results]) for k in results[0]}
+
+
+def _run_all(program: Program, exported: ExportedProgram, samples: list[dict[str, Tensor]]) -> Outputs:
+    return _stack(Runner(exported, program.output_names), samples)[0]
+
+
+def _stack(runner: Runner, samples: list[dict[str, Tensor]]) -> tuple[Outputs, dict[str, np.ndarray]]:
+    """Outputs, and what each selection kept, stacked over samples."""
+    results, decisions = [], []
+    for sample in samples:
+        results.append(runner(sample))
+        decisions.append(runner.decisions)
+    return ({k: np.stack([r[k] for r in results]) for k in results[0]},
+            {k: np.stack([d[k] for d in decisions]) for k in decisions[0]})
+
+
+def _manifest(job: Job, program: Program, samples: list[dict[str, Tensor]], base: Outputs, wanted: Outputs,
+              artifacts: list[Artifact], folder: Path) -> Manifest:
+    golden = {f"input.{k}": np.stack([as_array(s[k]) for s in samples]) for k in program.inputs}
+    golden |= {f"output.{k}": v for k, v in wanted.items()}
+    golden |= {f"reference.{k}": v for k, v in base.items()}
+    path = folder / "golden" / f"{program.role}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(save_tensors(dict(sorted(golden.items()))))
+    (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), "utf-8")
+    manifest = Manifest(
+        edgewise_version=__version__,
+        model=ModelInfo(source=job.source.name, class_name=job.source.class_name,
+                        parameters=sum(t.numel() for t in program.base.state_dict.values() if isinstance(t, nn.Parameter)),
+                        weights_digest=job.weights.of_program(program.base)),
+        compress=job.recipe.compress,
+        components=(Component(
+            role=program.role,
+            inputs=tuple(TensorInfo(name=k, shape=tuple(v.shape), dtype=str(v.dtype).removeprefix("torch."))
+                         for k, v in program.inputs.items()),
+            outputs=tuple(TensorInfo(name=k, shape=v.shape[1:], dtype=str(v.dtype)) for k, v in wanted.items()),
+            sites=tuple(ManifestSite(name=s.name, method="+".join(s.methods), tokens_in=s.tokens_in, tokens_out=s.tokens_out)
+                        for s in program.sites if s.methods),
+            flops_before=total_flops(program.base), flops_after=total_flops(program.exported)),),
+        preprocessing=job.source.preprocessing, targets=tuple(artifacts), verification=tuple(job.rungs),
+        golden={program.role: f"golden/{program.role}.safetensors"}, seed=job.recipe.seed)
+    write_report(manifest, program.sites, folder / "report.html", notes=(*job.source.notes, *program.notes))
+    return manifest
+
+

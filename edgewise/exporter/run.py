@@ -1,0 +1,58 @@
+"""Run a program's graph on arrays, for the verification ladder."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from edgewise.passes.graph import parameters_of, user_inputs
+from edgewise.passes.legalise import is_compression_op
+
+Outputs = dict[str, np.ndarray]
+
+
+class Runner(fx.Interpreter):
+    """Runs a program with its own weights, or with `weights` made of them. `decisions` then holds what each selection or
+    matching kept, by node name, of the last run."""
+
+    def __init__(self, exported: ExportedProgram, output_names: tuple[str, ...],
+                 weights: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__(exported.graph_module, garbage_collect_values=True)
+        tensors = parameters_of(exported)
+        self._weights = {k: v if weights is None else weights(v) for k, v in tensors.items()}
+        self._inputs = [n.name for n in user_inputs(exported)]
+        self._placeholders = [n.name for n in exported.graph.nodes if n.op == "placeholder"]
+        self._names = output_names
+        self.decisions: dict[str, np.ndarray] = {}
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Outputs:
+        """Run once; gives the named outputs as arrays."""
+        self.decisions = {}
+        values = [inputs[name] if name in inputs else self._weights[name] for name in self._placeholders]
+        with torch.no_grad():
+            flat = self.run(*values)
+        return {name: as_array(value) for name, value in zip(self._names, flat) if isinstance(value, Tensor)}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if is_compression_op(n) and n.name.startswith(("bipartite_match", "top_tokens")):
+            kept = value[0] if isinstance(value, (tuple, list)) else value
+            self.decisions[n.name] = kept.numpy()
+        return value
+
+
+def as_array(value: Tensor) -> np.ndarray:
+    """A tensor as a NumPy array of its own memory."""
+    return value.detach().cpu().contiguous().numpy().copy()
+
+
+def round_to_half(tensor: Tensor) -> Tensor:
+    """Weights as they come back from half-precision storage; values beyond its range stay, as no target stores them so."""
+    if not tensor.is_floating_point() or tensor.dtype == torch.float16:
+        return tensor
+    half = tensor.to(torch.float16).to(tensor.dtype)
+    return tensor if not bool(torch.isfinite(half).all()) else half

@@ -1,0 +1,72 @@
+"""Legalisation: replace compression ops by the realisations that a target takes."""
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from edgewise.passes.graph import Editor, trace
+from edgewise.passes.infra import Pass, PassResult
+from edgewise.passes.realisations import REALISATIONS
+
+
+def is_compression_op(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "edgewise"
+
+
+class Legalise(Pass):
+    """Replace every `edgewise::*` node by plain aten, choosing for each op the first realisation in `preferences` that
+    exists (`{"merge": ("topk", "sort_free"), ...}`)."""
+
+    name = "legalise"
+
+    def __init__(self, preferences: Mapping[str, Sequence[str]]) -> None:
+        self.preferences = preferences
+
+    def call(self, program: ExportedProgram) -> PassResult:
+        if not any(is_compression_op(n) for n in program.graph.nodes):
+            return PassResult(program, False)
+        editor = Editor(program)
+        for node in list(editor.graph.nodes):
+            if is_compression_op(node):
+                self._replace(editor, node)
+        return PassResult(editor.finish(), True)
+
+    def choose(self, op: str) -> str:
+        """The name of the realisation that is used for an op."""
+        for name in self.preferences.get(op, ()):
+            if name in REALISATIONS[op]:
+                return name
+        raise KeyError(f"Target developer: no realisation of {op} among {list(self.preferences.get(op, ()))}")
+
+    def _replace(self, editor: Editor, node: fx.Node) -> None:
+        op = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+        function = REALISATIONS[op][self.choose(op)]
+        operands = [a for a in node.args if isinstance(a, fx.Node)]
+        where = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node)]
+
+        def call(*tensors: torch.Tensor) -> object:
+            args = list(node.args)
+            for i, tensor in zip(where, tensors):
+                args[i] = tensor  # type: ignore[call-overload]
+            return function(*args)
+
+        with editor.fake_mode:
+            traced = trace(call, [n.meta["val"] for n in operands])
+        with editor.graph.inserting_before(node):
+            made = editor.inline(traced, operands, f"{self.name}:{op}", node)
+        if isinstance(made, (tuple, list)):
+            for user in list(node.users):
+                assert user.target is operator.getitem
+                user.replace_all_uses_with(made[user.args[1]])
+                editor.graph.erase_node(user)
+        else:
+            node.replace_all_uses_with(made)
+        editor.graph.erase_node(node)
+
+    def ensures(self, program: ExportedProgram) -> None:
+        left = [n.name for n in program.graph.nodes if is_compression_op(n)]
+        assert not left, f"compression ops are left: {left}"

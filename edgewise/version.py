@@ -1,0 +1,2 @@
+"""The version of edgewise."""
+__version__ = "0.1.0"
