@@ -1,6 +1,7 @@
 """Clean-up: what capture leaves in a graph that no device should run."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,16 +10,12 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten
 
 from edgewise.passes.graph import Editor, trace
-from edgewise.passes.infra import Pass, PassResult, Sequential
+from edgewise.passes.infra import Pass, PassResult
 
 aten = torch.ops.aten
 
-# A folded constant stays in the artifact, so an uncommonly large one is left to be computed on the device.
 MAX_FOLDED_ELEMENTS = 1 << 24
-
-
-def is_mutable(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+"""A folded constant stays in the artifact: an uncommonly large one is left to be computed on the device."""
 
 
 class Functionalise(Pass):
@@ -27,162 +24,158 @@ class Functionalise(Pass):
     name = "functionalise"
 
     def call(self, program: ExportedProgram) -> PassResult:
-        if not any(is_mutable(n) for n in program.graph.nodes):
+        if not any(_is_mutable(n) for n in program.graph.nodes):
             return PassResult(program, False)
         return PassResult(program.run_decompositions({}), True)
 
     def ensures(self, program: ExportedProgram) -> None:
-        assert not any(is_mutable(n) for n in program.graph.nodes), "an in-place op is left"
+        assert not any(_is_mutable(n) for n in program.graph.nodes), "an in-place op is left"
 
 
-class DropNoOps(Pass):
-    """Remove asserts, inactive dropout, aliases, copies and casts to the type that a value already has."""
+class CleanUp(Pass):
+    """Remove what has no effect, fold what is constant, and write each thing in one way."""
 
-    name = "drop-no-ops"
+    name = "clean-up"
+
+    def requires(self, program: ExportedProgram) -> None:
+        assert not any(_is_mutable(n) for n in program.graph.nodes), "functionalise first: an in-place op moves values"
 
     def call(self, program: ExportedProgram) -> PassResult:
         editor = Editor(program)
-        modified = False
-        for node in list(editor.graph.nodes):
-            if node.op != "call_function":
-                continue
-            if node.target in _ASSERTS:
-                editor.graph.erase_node(node)
-                modified = True
-            elif (source := _same_value(node)) is not None:
-                node.replace_all_uses_with(source)
-                editor.graph.erase_node(node)
-                modified = True
-            elif node.target in (aten.view.default, aten._unsafe_view.default):
-                # Later passes change layouts in front of a view; reshape has the same meaning and always succeeds.
-                node.target = aten.reshape.default
-                modified = True
-        return PassResult(editor.finish() if modified else program, modified)
+        modified = [step(editor) for step in _STEPS]
+        return PassResult(editor.finish() if any(modified) else program, any(modified))
+
+
+def clean_up(program: ExportedProgram) -> ExportedProgram:
+    """A captured program as analyses and targets want it."""
+    return CleanUp()(Functionalise()(program).program).program
+
+
+def _decompose_einsum(editor: Editor) -> bool:
+    """Spell einsum out as permutes and one batched product, which every analysis and target knows."""
+    found = [n for n in editor.graph.nodes if n.target is aten.einsum.default]
+    for node in found:
+        equation, operands = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+        values = [n.meta["val"] for n in operands]  # type: ignore[union-attr]
+        with editor.fake_mode:
+            traced = trace(lambda *x, eq=equation: aten.einsum.default(eq, list(x)), values, pre_dispatch=False)
+        with editor.graph.inserting_before(node):
+            node.replace_all_uses_with(editor.inline(traced, operands, CleanUp.name, node))  # type: ignore[arg-type]
+        editor.graph.erase_node(node)
+    return bool(found)
+
+
+def _drop_no_ops(editor: Editor) -> bool:
+    """Remove asserts, inactive dropout, aliases, copies, and casts to the type that a value already has."""
+    modified = False
+    for node in list(editor.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _ASSERTS:
+            editor.graph.erase_node(node)
+        elif (source := _same_value(node)) is not None:
+            node.replace_all_uses_with(source)
+            editor.graph.erase_node(node)
+        elif node.target in (aten.view.default, aten._unsafe_view.default):
+            # Later passes change layouts in front of a view; reshape has the same meaning and always succeeds.
+            node.target = aten.reshape.default
+        else:
+            continue
+        modified = True
+    return modified
 
 
 _ASSERTS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_async.default,
             aten._assert_scalar.default, aten.sym_constrain_range_for_size.default}
+_DROPOUTS = {aten.dropout.default, aten.feature_dropout.default}
 _COPIES = {aten.alias.default, aten.detach.default, aten.contiguous.default, aten.clone.default,
            aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device,
-           aten._to_copy.default, aten.type_as.default, aten.dropout.default, aten.feature_dropout.default}
+           aten._to_copy.default, aten.type_as.default, aten.expand.default, aten.reshape.default, aten.view.default,
+           *_DROPOUTS}
 
 
 def _same_value(node: fx.Node) -> fx.Node | None:
     """The operand that a node only repeats."""
-    if node.target in _COPIES:
-        source = node.args[0]
-        if node.target in (aten.dropout.default, aten.feature_dropout.default) and node.args[1] and node.args[2]:
-            return None
-    elif node.target is aten.expand.default or node.target is aten.reshape.default:
-        source = node.args[0]
-    else:
+    source = node.args[0] if node.args else None
+    if node.target not in _COPIES or not isinstance(source, fx.Node):
         return None
-    if not isinstance(source, fx.Node):
-        return None
+    if node.target in _DROPOUTS and node.args[1] and node.args[2]:
+        return None  # dropout in training mode
     before, after = source.meta.get("val"), node.meta.get("val")
-    if isinstance(before, Tensor) and isinstance(after, Tensor) \
-            and before.shape == after.shape and before.dtype == after.dtype:
-        return source
-    return None
+    same = (isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape
+            and before.dtype == after.dtype)
+    return source if same else None
 
 
-class DecomposeEinsum(Pass):
-    """Spell einsum out as permutes and one batched product, which every analysis and target knows."""
-
-    name = "decompose-einsum"
-
-    def call(self, program: ExportedProgram) -> PassResult:
-        if not any(n.target is aten.einsum.default for n in program.graph.nodes):
-            return PassResult(program, False)
-        editor = Editor(program)
-        for node in list(editor.graph.nodes):
-            if node.target is aten.einsum.default:
-                equation, operands = node.args[0], list(node.args[1])
-                values = [n.meta["val"] for n in operands]
-                traced = trace(lambda *x, eq=equation: aten.einsum.default(eq, list(x)), values, pre_dispatch=False)
-                with editor.graph.inserting_before(node):
-                    node.replace_all_uses_with(editor.inline(traced, operands, self.name, node))
-                editor.graph.erase_node(node)
-        return PassResult(editor.finish(), True)
-
-
-class FoldConstants(Pass):
+def _fold_constants(editor: Editor) -> bool:
     """Compute what depends on neither inputs nor weights (masks and positions made of `arange`)."""
-
-    name = "fold-constants"
-
-    def call(self, program: ExportedProgram) -> PassResult:
-        editor = Editor(program)
-        values: dict[fx.Node, Any] = {}
-        for node in editor.graph.nodes:
-            if node.op == "call_function" and self._foldable(node, values):
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
-        modified = False
-        for node, value in values.items():
-            if isinstance(value, Tensor) and any(user not in values for user in node.users):
-                constant = editor.add_constant(value.clone().contiguous(), node.name)
-                constant.meta.update({k: v for k, v in node.meta.items() if k == "stack_trace"})
-                node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in values)
-                modified = True
-        return PassResult(editor.finish() if modified else program, modified)
-
-    @staticmethod
-    def _foldable(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.numel() > MAX_FOLDED_ELEMENTS:
-            return False
-        if _random(node):
-            return False
-        return all(operand in values for operand in node.all_input_nodes)
+    values: dict[fx.Node, Any] = {}
+    for node in editor.graph.nodes:
+        if node.op == "call_function" and _foldable(node, values):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+    modified = False
+    for node, value in values.items():
+        if isinstance(value, Tensor) and any(user not in values for user in node.users):
+            constant = editor.add_constant(value.clone().contiguous(), node.name)
+            constant.meta.update({k: v for k, v in node.meta.items() if k == "stack_trace"})
+            node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in values)
+            modified = True
+    return modified
 
 
-class ShareCommon(Pass):
+def _foldable(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.numel() > MAX_FOLDED_ELEMENTS or _random(node):
+        return False
+    return all(operand in values for operand in node.all_input_nodes)
+
+
+def _drop_dead_masks(editor: Editor) -> bool:
+    """Remove attention masks that mask nothing: all true, or all zero."""
+    modified = False
+    for node in editor.graph.nodes:
+        if node.target is not aten.scaled_dot_product_attention.default or len(node.args) < 4:
+            continue
+        mask = node.args[3]
+        value = editor.constants.get(mask.name) if isinstance(mask, fx.Node) else None
+        if value is not None and bool(value.all() if value.dtype == torch.bool else (value == 0).all()):
+            node.args = (*node.args[:3], None, *node.args[4:])
+            modified = True
+    return modified
+
+
+def _share_common(editor: Editor) -> bool:
     """Compute once what is computed twice from the same values (a slice taken for the attention and for its residual)."""
-
-    name = "share-common"
-
-    def call(self, program: ExportedProgram) -> PassResult:
-        editor = Editor(program)
-        seen: dict[Any, fx.Node] = {}
-        modified = False
-        for node in list(editor.graph.nodes):
-            if node.op != "call_function" or _random(node):
-                continue
-            leaves, spec = tree_flatten((node.args, node.kwargs))
-            key = (node.target, spec, tuple((type(leaf), leaf) for leaf in leaves))
-            if key in seen:
-                node.replace_all_uses_with(seen[key])
-                editor.graph.erase_node(node)
-                modified = True
-            else:
-                seen[key] = node
-        return PassResult(editor.finish() if modified else program, modified)
+    seen: dict[Any, fx.Node] = {}
+    modified = False
+    for node in list(editor.graph.nodes):
+        if node.op != "call_function" or _random(node):
+            continue
+        leaves, spec = tree_flatten((node.args, node.kwargs))
+        # The type is part of the key because 1, 1.0 and True are equal to Python and not to an op.
+        key = (node.target, spec, tuple((type(leaf), leaf) for leaf in leaves))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            editor.graph.erase_node(node)
+            modified = True
+        else:
+            seen[key] = node
+    return modified
 
 
 def _random(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-class DropDeadMasks(Pass):
-    """Remove attention masks that mask nothing: all true, or all zero."""
-
-    name = "drop-dead-masks"
-
-    def call(self, program: ExportedProgram) -> PassResult:
-        editor = Editor(program)
-        modified = False
-        for node in editor.graph.nodes:
-            if node.target is not aten.scaled_dot_product_attention.default or len(node.args) < 4:
-                continue
-            mask = node.args[3]
-            value = editor.constants.get(mask.name) if isinstance(mask, fx.Node) else None
-            if value is not None and bool(value.all() if value.dtype == torch.bool else (value == 0).all()):
-                node.args = (*node.args[:3], None, *node.args[4:])
-                modified = True
-        return PassResult(editor.finish() if modified else program, modified)
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-# Functional first: the others move values. No-ops go before folding, so that asserts do not hold constants alive;
-# masks are known to be dead only when folded.
-CLEANUP = Sequential([Functionalise(), DecomposeEinsum(), DropNoOps(), FoldConstants(), DropDeadMasks(), ShareCommon()])
+_STEPS: tuple[Callable[[Editor], bool], ...] = (
+    _decompose_einsum,  # first: what it is spelled out as needs the same cleaning as all else
+    _drop_no_ops,  # before folding, so that asserts do not hold constants alive
+    _fold_constants,
+    _drop_dead_masks,  # a mask is known to be dead only when it is folded
+    _share_common,
+)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from edgewise.passes.analysis import Analysis, analyse
-from edgewise.passes.cleanup import CLEANUP
+from edgewise.passes.cleanup import clean_up
 from edgewise.passes.insert import Insert
 from edgewise.passes.plan import Spec, Step, make_plan, parse_spec
 
@@ -84,8 +84,8 @@ class Program:
 def make_program(captured: ExportedProgram, inputs: dict[str, Tensor], output_names: Sequence[str],
                  **known: Any) -> Program:
     """Clean a captured program up."""
-    result = CLEANUP(captured)
-    return Program(result.program, result.program, inputs, tuple(output_names), notes=result.notes, **known)
+    clean = clean_up(captured)
+    return Program(clean, clean, inputs, tuple(output_names), **known)
 
 
 def compress(program: Program, *specs: str) -> Program:

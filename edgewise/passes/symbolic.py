@@ -55,9 +55,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.hints: dict[sympy.Symbol, int] = {}
-        self.conditions: set[Any] = set()
-        """Inequalities over our symbols that must hold for the result to be valid; checked at the real counts."""
-        self._known: dict[Any, tuple[Any, frozenset[Any]] | Exception] = {}
+        self._known: dict[Any, Any] = {}
 
     def symbol(self, name: str, hint: int) -> sympy.Symbol:
         """A new token count, which is `hint` in the captured model."""
@@ -92,10 +90,8 @@ class Engine:
         known = self._known[key]
         if isinstance(known, Exception):
             raise known
-        out, conditions = known
         back = {new: old for old, new in rename.items()}
-        self.conditions |= {c.xreplace(back) for c in conditions}
-        return tree_map_only((Abstract, sympy.Expr), lambda leaf: _renamed(leaf, back), out)
+        return tree_map_only((Abstract, sympy.Expr), lambda leaf: _renamed(leaf, back), known)
 
 
 def _renamed(leaf: Any, names: dict[sympy.Symbol, sympy.Symbol]) -> Any:
@@ -106,17 +102,25 @@ def _renamed(leaf: Any, names: dict[sympy.Symbol, sympy.Symbol]) -> Any:
     return leaf
 
 
-def _run(target: Callable[..., Any], args: Any, kwargs: Any, hints: dict[sympy.Symbol, int]) -> tuple[Any, frozenset[Any]]:
+def _run(target: Callable[..., Any], args: Any, kwargs: Any, hints: dict[sympy.Symbol, int]) -> Any:
     """Run one op in a `ShapeEnv` of its own: a failed op leaves guards behind that no other op may see."""
     env = ShapeEnv()
-    theirs = {ours: env.create_symbol(hint, ConstantSource(str(ours)), dynamic_dim=DimDynamic.DYNAMIC)
-              for ours, hint in hints.items()}
-    ours = {their: our for our, their in theirs.items()}
+    theirs: dict[Any, Any] = {}
+
+    def symbol(count: Any) -> Any:
+        """A symbol of the environment for one of ours, or for a sum with one: torch keeps products of symbols whole, but
+        bounds the parts of a sum (`Max(1, T - 5)`) and then takes two equal sizes for different ones."""
+        if count not in theirs:
+            theirs[count] = env.create_symbol(int(count.xreplace(hints)), ConstantSource(f"n{len(theirs)}"),
+                                              dynamic_dim=DimDynamic.DYNAMIC)
+        return theirs[count]
 
     def size(n: Size) -> Any:
         if not isinstance(n, sympy.Expr) or n.is_number:
             return int(n)
-        return env.create_symintnode(n.xreplace(theirs), hint=int(n.xreplace(hints)))
+        factor, count = n.as_content_primitive()
+        expression = factor * symbol(count) if count.is_Add else n.xreplace({s: symbol(s) for s in n.free_symbols})
+        return env.create_symintnode(expression, hint=int(n.xreplace(hints)))
 
     def concrete(value: Abstract | sympy.Expr) -> Any:
         if isinstance(value, sympy.Expr):
@@ -127,14 +131,18 @@ def _run(target: Callable[..., Any], args: Any, kwargs: Any, hints: dict[sympy.S
         return Abstract(tuple(n if isinstance(n, int) else simplify(n.node.expr.xreplace(ours)) for n in value.shape),
                         value.dtype)
 
+    ours: dict[Any, Any]
     with FakeTensorMode(shape_env=env, allow_non_fake_inputs=True):
         args, kwargs = tree_map_only((Abstract, sympy.Expr), concrete, (args, kwargs))
         out = target(*args, **kwargs)
+    ours = {their: our for our, their in theirs.items()}
     guards = [g.expr.xreplace(ours) for g in env.guards]
-    equal = [str(g) for g in guards if isinstance(g, sympy.Eq)]
-    if equal or env.replacements:
-        raise Pinned("; ".join(equal) or "a fixed count")
-    return tree_map_only(Tensor, abstract, out), frozenset(guards)
+    equal = [g for g in guards if isinstance(g, sympy.Eq)]
+    equal += [sympy.Eq(their.xreplace(ours), value.xreplace(ours)) for their, value in env.replacements.items()]
+    pinned = [str(g) for g in equal if isinstance(g, sympy.Eq) and sympy.expand(g.lhs - g.rhs) != 0 or g is sympy.false]
+    if pinned:
+        raise Pinned("; ".join(dict.fromkeys(pinned)))
+    return tree_map_only(Tensor, abstract, out)
 
 
 def simplify(expression: Any) -> Size:
