@@ -1,14 +1,121 @@
 """The bundle's report: what was compressed, what it cost, what it gained, as one self-contained page."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from edgewise.bundle.manifest import Manifest
+from edgewise.bundle.manifest import Component, Manifest
 from edgewise.passes.program import Site
+from edgewise.verify.ladder import Rung
+from edgewise.verify.metrics import Errors, worst
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1c2430;--soft:#5b6675;--line:#d9dee5;--back:#fff;--card:#f5f7fa;--bar:#2f6fde;--gone:#c9d6ee;
+--good:#1a7f4b;--bad:#b3261e}
+@media(prefers-color-scheme:dark){:root{--ink:#e8ecf1;--soft:#9aa6b5;--line:#333d4a;--back:#141a21;--card:#1d252f;--bar:#6ba1ff;
+--gone:#2d3e5c;--good:#5fce95;--bad:#ff8a80}}
+*{box-sizing:border-box}body{margin:0 auto;max-width:62rem;padding:1.5rem 1rem 4rem;background:var(--back);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif}h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2.2rem 0 .6rem}
+p.sub{color:var(--soft);margin:.2rem 0 0;overflow-wrap:anywhere}.cards{display:flex;flex-wrap:wrap;gap:.8rem;margin-top:1.2rem}
+.card{background:var(--card);border-radius:.6rem;padding:.7rem 1rem;flex:1 1 11rem}.card b{display:block;font-size:1.35rem}
+.card span{color:var(--soft);font-size:.85rem}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.9rem}
+th,td{text-align:left;padding:.35rem .7rem .35rem 0;border-bottom:1px solid var(--line);white-space:nowrap}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.good{color:var(--good)}.bad{color:var(--bad)}svg{width:100%;height:auto}
+svg text{fill:var(--ink);font:12px system-ui,sans-serif}code{overflow-wrap:anywhere}
+"""
 
 
 def write_report(manifest: Manifest, sites: Sequence[Site], path: Path, notes: Sequence[str] = ()) -> None:
-    """Write `report.html`."""
-    path.write_text("<!doctype html><title>" + escape(manifest.model.source) + "</title>", "utf-8")
+    """Write the page to `path`, beside the files of the bundle that it sums up."""
+    (component,) = manifest.components
+    sizes = {a.label: sum((path.parent / f).stat().st_size for f in a.files) for a in manifest.targets}
+    spec = ", ".join(manifest.compress) or "no compression"
+    body = [
+        f"<h1>{escape(manifest.model.source)}</h1>",
+        f"<p class=sub>{escape(manifest.model.class_name)}, {manifest.model.parameters:,} parameters · {escape(spec)} · "
+        f"edgewise {escape(manifest.edgewise_version)}</p>",
+        "<div class=cards>", *_cards(component, sites, sizes), "</div>",
+    ]
+    if component.sites:
+        body += ["<h2>Tokens at every site</h2>", _chart(sites),
+                 "<p class=sub>The full bar is what a site gets; the dark part is what it passes on.</p>"]
+    body += [
+        "<h2>Artifacts</h2>",
+        _table(["artifact", "files", "MB", "made with"],
+               [[a.label, ", ".join(a.files), f"{sizes[a.label] / 1e6:.2f}",
+                 ", ".join(f"{k} {v}" for k, v in sorted(a.versions.items()))] for a in manifest.targets], numbers={2}),
+        "<h2>Verification ladder</h2>",
+        _table(["step", "against", "error", "relative", "SQNR dB", "cosine", "allowed", ""],
+               [_rung(r) for r in manifest.verification], numbers={3, 4, 5, 6}, raw={7}),
+        "<p class=sub>Compression is meant to change the output, and has no limit here. Every other step compares two forms of "
+        "the same program: an error there would be a defect, and would have stopped the export.</p>",
+    ]
+    remarks = [*notes, *(r.note for r in manifest.verification if r.note), *(w for a in manifest.targets for w in a.warnings)]
+    if remarks:
+        body += ["<h2>Notes</h2><ul>", *(f"<li>{escape(n)}</li>" for n in dict.fromkeys(remarks)), "</ul>"]
+    page = (f'<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,'
+            f'initial-scale=1"><title>{escape(manifest.model.source)} · edgewise</title><style>{_STYLE}</style>\n'
+            + "\n".join(body) + "\n</html>\n")
+    path.write_text(page, "utf-8")
+
+
+def _cards(component: Component, sites: Sequence[Site], sizes: dict[str, int]) -> Iterable[str]:
+    changed = [s for s in sites if s.methods]
+    if changed:
+        first, last = changed[0].tokens_in, changed[-1].tokens_out
+        yield _card(f"{first} → {last}", f"tokens ({last / first:.0%} left)")
+    before, after = component.flops_before, component.flops_after
+    yield _card(f"{after / 1e9:.2f} GFLOP", f"of {before / 1e9:.2f} ({after / before:.0%})" if before else "")
+    if after and after < before:
+        yield _card(f"{before / after:.2f}×", "speed-up that the FLOP count promises; edgewise bench measures it")
+    for label, size in sizes.items():
+        yield _card(f"{size / 1e6:.2f} MB", label)
+
+
+def _card(value: str, label: str) -> str:
+    return f"<div class=card><b>{escape(value)}</b><span>{escape(label)}</span></div>"
+
+
+def _chart(sites: Sequence[Site]) -> str:
+    row, left, width = 22, 170, 760
+    most = max(s.tokens_in for s in sites)
+    scale = (width - left - 110) / most
+    lines = []
+    for i, site in enumerate(sites):
+        y = i * row
+        title = f"{site.name}: {site.tokens_in} → {site.tokens_out}" + (f" by {', '.join(site.methods)}" if site.methods else "")
+        lines.append(
+            f'<g><title>{escape(title)}</title><text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(site.name)}</text>'
+            f'<rect x="{left}" y="{y + 3}" width="{site.tokens_in * scale:.1f}" height="15" rx="2" fill="var(--gone)"/>'
+            f'<rect x="{left}" y="{y + 3}" width="{site.tokens_out * scale:.1f}" height="15" rx="2" fill="var(--bar)"/>'
+            f'<text x="{left + site.tokens_in * scale + 6:.1f}" y="{y + 15}">{site.tokens_in} → {site.tokens_out}</text></g>')
+    return (f'<svg viewBox="0 0 {width} {len(sites) * row + 4}" role="img" aria-label="tokens at every site">'
+            + "".join(lines) + "</svg>")
+
+
+def _rung(rung: Rung) -> list[str]:
+    errors = worst(rung.outputs.values()) if rung.outputs else None
+    verdict = {True: "<span class=good>passed</span>", False: "<span class=bad>failed</span>", None: ""}[rung.passed]
+    if rung.kept_overlap is not None:
+        verdict += f" kept tokens agree {rung.kept_overlap:.1%}"
+    return [rung.name, rung.against, rung.kind, *_figures(errors), "" if rung.threshold is None else f"{rung.threshold:.0e}",
+            verdict]
+
+
+def _figures(errors: Errors | None) -> list[str]:
+    if errors is None:
+        return ["", "", ""]
+    exact = errors.finite and errors.relative == 0
+    return ["" if errors.relative is None else f"{errors.relative:.2e}",
+            "exact" if exact else "" if errors.sqnr_db is None else f"{errors.sqnr_db:.1f}",
+            "" if errors.cosine is None else f"{errors.cosine:.6f}"]
+
+
+def _table(head: list[str], rows: list[list[str]], numbers: set[int] = frozenset(), raw: set[int] = frozenset()) -> str:  # type: ignore[assignment]
+    def cell(tag: str, i: int, text: str) -> str:
+        return f"<{tag}{' class=n' if i in numbers else ''}>{text if i in raw and tag == 'td' else escape(text)}</{tag}>"
+
+    lines = ["<tr>" + "".join(cell("th", i, t) for i, t in enumerate(head)) + "</tr>"]
+    lines += ["<tr>" + "".join(cell("td", i, t) for i, t in enumerate(r)) + "</tr>" for r in rows]
+    return "<div class=scroll><table>" + "\n".join(lines) + "</table></div>"
