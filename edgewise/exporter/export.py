@@ -28,8 +28,8 @@ from edgewise.exporter.report import write_report
 from edgewise.exporter.run import Outputs, Runner, as_array, round_to_half
 from edgewise.exporter.sources import Source, load_source, random_ids, random_input
 from edgewise.passes.flops import total_flops
-
 from edgewise.passes.legalise import Legalise
+from edgewise.passes.plan import parse_spec
 from edgewise.passes.program import Program, compress as insert
 from edgewise.targets import Target
 from edgewise.verify.ladder import Rung, judge
@@ -94,7 +94,11 @@ def export(model: str | nn.Module | ExportedProgram, out: str | os.PathLike[str]
     Raises InputError (bad input), Refused (no provably right graph) or CheckFailed (a rung above its threshold).
     """
     specs = (compress,) if isinstance(compress, str) else tuple(compress or ())
+    for spec in specs:
+        parse_spec(spec)  # what is misspelt is said before the model is loaded
     chosen = _targets(targets, precision)
+    if batch < 1:
+        raise InputError(f"batch={batch}: the first dimension of the inputs is 1 or more")
     if calibration is not None:
         raise InputError(f"precision {precision} takes no calibration data: it has no statistics to gather")
     if isinstance(model, str) and example is not None:

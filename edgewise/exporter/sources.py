@@ -126,6 +126,7 @@ def _hugging_face(model: str, shapes: dict[str, tuple[int, ...]], batch: int, se
     from edgewise.exporter.capture import quiet
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     local = Path(model)
     if local.exists() and not (local / "config.json").is_file():
         raise InputError(f"{local} holds no config.json: give the folder of a Hugging Face model, or a .pt2 file")

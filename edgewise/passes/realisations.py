@@ -2,7 +2,7 @@
 
 - `sort_free`: ranks by a comparison matrix, one-hot matrices by equality, matrix products. No topk, sort, gather or
   scatter, so accelerators keep it.
-- `topk`: topk and gather, small one-hot products for the merged tokens. The fastest on CPUs.
+- `topk`: stable sort or topk, gather of whole rows, small one-hot products for the merged tokens. The fastest on CPUs.
 - `scatter`: the reference itself: stable sort, gather and scatter-add.
 
 Each takes exactly the arguments of its op (in `edgewise.ops`) and gives equal results, ties included.
@@ -34,7 +34,7 @@ def realisation(op: str, name: str) -> Callable[[Callable[..., Any]], Callable[.
 
 REALISATIONS["bipartite_match"] = {SCATTER: match.bipartite_match._init_fn}
 REALISATIONS["merge"] = {SCATTER: reduce.merge._init_fn}
-REALISATIONS["take"] = {SCATTER: reduce.take._init_fn, TOPK: reduce.take._init_fn}
+REALISATIONS["take"] = {SCATTER: reduce.take._init_fn}
 REALISATIONS["top_tokens"] = {SCATTER: select.top_tokens._init_fn}
 
 
@@ -67,9 +67,46 @@ def rank_among(flags: Tensor) -> Tensor:
     return flags @ before
 
 
+def similarity(metric: Tensor, protected: int) -> Tensor:
+    """Cosine similarity of the unprotected A against the unprotected B, in at least fp32. The protected are sliced away, so
+    that no target has to handle infinities."""
+    rows, columns = match.protected_split(protected)
+    metric = torch.nn.functional.normalize(metric.float() if metric.dtype.itemsize < 4 else metric, dim=-1)
+    return metric[:, 2 * rows::2] @ metric[:, 2 * columns + 1::2].transpose(1, 2)
+
+
+def positions(chosen: Tensor, rest: Tensor, partner: Tensor, count: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`match.assemble` for indices among the unprotected of A (`chosen`, `rest`) and of B (`partner`)."""
+    rows, columns = match.protected_split(protected)
+    odd = torch.arange(2 * columns + 1, count, 2, device=rest.device).expand(rest.shape[0], -1)
+    parts = [2 * rest + 2 * rows if rows else 2 * rest, odd]
+    if protected:
+        parts.insert(0, torch.arange(protected, device=rest.device).expand(rest.shape[0], -1))
+    return (torch.cat(parts, dim=1), 2 * chosen + 2 * rows if rows else 2 * chosen,
+            partner + protected + rest.shape[1])
+
+
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """`x (B, N, C)` at `index (B, K)`: whole rows picked from a flat view, which runtimes do faster than an element gather."""
+    batch, count, width = x.shape
+    if batch != 1:
+        index = index + count * torch.arange(batch, device=index.device)[:, None]
+    return x.reshape(batch * count, width).index_select(0, index.reshape(-1)).reshape(batch, -1, width)
+
+
+@realisation("bipartite_match", TOPK)
+def _(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
+    best, partner = similarity(metric, protected).max(dim=-1)
+    order = best.sort(dim=-1, descending=True, stable=True).indices
+    chosen, rest = order[:, :r], order[:, r:]
+    if protected:
+        rest = rest.sort(dim=-1).values
+    return positions(chosen, rest, rows_at(partner[:, :, None], chosen)[:, :, 0], metric.shape[1], protected)
+
+
 @realisation("bipartite_match", FREE)
 def _(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
-    scores = masked_similarity(metric, protected)
+    scores = similarity(metric, protected)
     best = scores.amax(dim=-1)
     place = torch.arange(scores.shape[-1], device=metric.device, dtype=torch.float32)
     partner = torch.where(scores == best[:, :, None], place, float(scores.shape[-1])).amin(dim=-1)
@@ -82,22 +119,8 @@ def _(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
         rest_rank = rank_among(rest) * rest - (1 - rest)
     chosen = place_by_rank(rank, r, even)
     unmerged = place_by_rank(rest_rank, scores.shape[1] - r, even)
-    kept, src, into = match.assemble(chosen, unmerged, place_by_rank(rank, r, partner), metric.shape[1], protected)
+    kept, src, into = positions(chosen, unmerged, place_by_rank(rank, r, partner), metric.shape[1], protected)
     return kept.to(torch.int64), src.to(torch.int64), into.to(torch.int64)
-
-
-def masked_similarity(metric: Tensor, protected: int) -> Tensor:
-    """`ops.match.similarity` without writing in place."""
-    metric = torch.nn.functional.normalize(metric.float() if metric.dtype.itemsize < 4 else metric, dim=-1)
-    even, odd = metric[:, ::2], metric[:, 1::2]
-    scores = even @ odd.transpose(1, 2)
-    rows, columns = match.protected_split(protected)
-    if not protected:
-        return scores
-    keep = torch.ones(scores.shape[1:], dtype=torch.bool)
-    keep[:rows] = False
-    keep[:, :columns] = False
-    return torch.where(keep.to(scores.device), scores, -torch.inf)
 
 
 @realisation("merge", FREE)
@@ -115,15 +138,35 @@ def _(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor) -
 @realisation("merge", TOPK)
 def _(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.float() if x.dtype.itemsize < 4 else x
-    adds = one_hot(into, kept.shape[1]).transpose(1, 2)
+    places = torch.arange(kept.shape[1], device=x.device)
+    share = (places[:, None] == into[:, None, :]).to(wide.dtype)
     if size is None:
-        total = 1 + adds.sum(-1, keepdim=True)
-    else:
-        size = size.to(wide.dtype)
-        wide = wide * size
-        total = reduce.gather_along(size, kept, 1) + adds @ reduce.gather_along(size, src, 1)
-    tokens = reduce.gather_along(wide, kept, 1) + adds @ reduce.gather_along(wide, src, 1)
-    return (tokens / total).to(x.dtype), total.to(x.dtype)
+        total = share.sum(-1, keepdim=True) + 1
+        return ((rows_at(wide, kept) + share @ rows_at(wide, src)) / total).to(x.dtype), total.to(x.dtype)
+    size = size.to(wide.dtype)
+    share = share * rows_at(size, src).transpose(1, 2)
+    own = rows_at(size, kept)
+    total = share.sum(-1, keepdim=True) + own
+    tokens = rows_at(wide, kept) * (own / total) + (share / total) @ rows_at(wide, src)
+    return tokens.to(x.dtype), total.to(x.dtype)
+
+
+@realisation("take", TOPK)
+def _(x: Tensor, kept: Tensor, dim: int, prefix: int) -> Tensor:
+    index = kept[:, prefix:] - prefix if prefix else kept
+    if index.shape[0] == 1:
+        return x.index_select(dim, index[0])
+    if dim == 1 and x.ndim == 3 and x.shape[0] == index.shape[0]:
+        return rows_at(x, index)
+    return reduce.take._init_fn(x, kept, dim, prefix)
+
+
+@realisation("top_tokens", TOPK)
+def _(score: Tensor, keep: int, protected: int) -> Tensor:
+    best = finite(score[:, protected:]).sort(dim=-1, descending=True, stable=True).indices[:, :keep].sort(dim=-1).values
+    if not protected:
+        return best
+    return torch.cat([torch.arange(protected, device=score.device).expand(score.shape[0], -1), best + protected], dim=1)
 
 
 @realisation("take", FREE)

@@ -1,0 +1,279 @@
+"""The manifest of a bundle: what `manifest.json` says, and how it is read and written.
+
+The schema is strict: an unknown key is an error, and so is a missing one. Nothing in a manifest depends on
+the time or the place of the build, so that two builds of the same recipe are byte-identical.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+
+from edgewise.errors import InputError, unknown
+from edgewise.schema import Strict
+from edgewise.verify.ladder import Rung
+
+FORMAT = "edgewise-bundle"
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_MANIFEST_DEPTH = 64
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+# Path parts that Windows gives to a device, whatever their suffix.
+_DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?$", re.IGNORECASE)
+
+
+def path_fault(path: str) -> str | None:
+    """Say why `path` may not be used inside a bundle, or give None if it may.
+
+    A bundle is copied between machines, so a path must mean the same file on each of them: relative, forward
+    slashes, and no part that leaves the folder or has a meaning of its own.
+    """
+    if not path:
+        return "it is empty"
+    if "\\" in path:
+        return "it has a backslash"
+    if path.startswith("/") or ":" in path:
+        return "it is absolute"
+    if not path.isprintable():
+        return "it has a character that cannot be printed"
+    for part in path.split("/"):
+        if part in ("", ".", ".."):
+            return f"it has the part '{part}'"
+        if part != part.rstrip(". "):
+            return f"its part '{part}' ends in a dot or a blank"
+        if _DEVICE.match(part):
+            return f"its part '{part}' is the name of a device"
+    return None
+
+
+def _checked_path(path: str) -> str:
+    fault = path_fault(path)
+    if fault:
+        raise ValueError(f"path {path!r} is not allowed in a bundle: {fault}")
+    return path
+
+
+class TensorInfo(Strict):
+    """One input or output: name, static shape, dtype (a numpy name: `float32`), `meaning` in words."""
+
+    name: str
+    shape: tuple[Count, ...]
+    dtype: str
+    meaning: str = ""
+
+
+class Site(Strict):
+    """A place where tokens were compressed: how many came in and how many went out."""
+
+    name: str
+    method: str
+    tokens_in: Count
+    tokens_out: Count
+
+
+class ModelInfo(Strict):
+    """Identity of the model: where it is from, its class, number of parameters, digest of its weights."""
+
+    source: str
+    class_name: str
+    parameters: Count
+    weights_digest: str
+
+
+class Component(Strict):
+    """One graph of the model. FLOPs count a multiply and an add as two; before and after compression."""
+
+    role: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    sites: tuple[Site, ...] = ()
+    flops_before: Count
+    flops_after: Count
+
+
+class Artifact(Strict):
+    """What one target made of one component, with the versions of the tools that made it."""
+
+    target: str
+    role: str
+    precision: str
+    files: tuple[str, ...] = Field(min_length=1)
+    versions: dict[str, str] = {}
+    warnings: tuple[str, ...] = ()
+    threads: Annotated[int, Field(ge=1)] | None = None
+
+    @field_validator("files")
+    @classmethod
+    def _paths(cls, files: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_checked_path(file) for file in files)
+
+    @property
+    def label(self) -> str:
+        """The artifact's short name, unique in its bundle: `openvino/vision_encoder/fp16`."""
+        return f"{self.target}/{self.role}/{self.precision}"
+
+
+class FileInfo(Strict):
+    """Digest (SHA-256, hexadecimal) and size of one file of the bundle."""
+
+    sha256: Digest
+    bytes: Count
+
+
+class Manifest(Strict):
+    """All that a bundle says of itself. `files` holds every file of the bundle but `manifest.json`."""
+
+    format: Literal["edgewise-bundle"] = "edgewise-bundle"
+    schema_version: Literal[1] = 1
+    edgewise_version: str
+    model: ModelInfo
+    compress: tuple[str, ...] = ()
+    components: tuple[Component, ...]
+    preprocessing: dict[str, Any] = {}
+    targets: tuple[Artifact, ...] = ()
+    verification: tuple[Rung, ...] = ()
+    golden: dict[str, str] = {}
+    seed: int = 0
+    recipe: str = "recipe.yaml"
+    files: dict[str, FileInfo] = {}
+
+    @field_validator("recipe")
+    @classmethod
+    def _recipe_path(cls, recipe: str) -> str:
+        return _checked_path(recipe)
+
+    @field_validator("golden")
+    @classmethod
+    def _golden_paths(cls, golden: dict[str, str]) -> dict[str, str]:
+        for path in golden.values():
+            _checked_path(path)
+        return golden
+
+    @field_validator("files")
+    @classmethod
+    def _file_paths(cls, files: dict[str, FileInfo]) -> dict[str, FileInfo]:
+        folded: dict[str, str] = {}
+        for path in files:
+            _checked_path(path)
+            if path == MANIFEST_NAME:
+                raise ValueError(f"{MANIFEST_NAME} cannot hold its own digest")
+            # Two names that differ in case only are one file on macOS and Windows.
+            other = folded.setdefault(path.casefold(), path)
+            if other != path:
+                raise ValueError(f"paths {other!r} and {path!r} are the same file on some systems")
+        return files
+
+    @model_validator(mode="after")
+    def _unique(self) -> Manifest:
+        for kind, names in (
+            ("component", [component.role for component in self.components]),
+            ("artifact", [artifact.label for artifact in self.targets]),
+        ):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{kind} {', '.join(twice)} is there more than once")
+        return self
+
+    def listed_paths(self) -> tuple[str, ...]:
+        """Every path that the manifest points at: artifacts, golden files and the recipe."""
+        paths = [file for artifact in self.targets for file in artifact.files]
+        return (*paths, *self.golden.values(), self.recipe)
+
+    def component(self, role: str) -> Component:
+        """The component with this role. Raises `InputError` with the nearest role if there is none."""
+        for component in self.components:
+            if component.role == role:
+                return component
+        raise unknown("role", role, [component.role for component in self.components])
+
+
+def dump(manifest: Manifest) -> bytes:
+    """Serialise a manifest: sorted keys, indent 1, trailing newline. Equal manifests give equal bytes."""
+    document = manifest.model_dump(mode="json")
+    text = json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode("utf-8")
+
+
+def parse(data: bytes, where: str) -> Manifest:
+    """Read a manifest from bytes; `where` names the file in messages.
+
+    Raises `InputError` if the bytes are too many, not JSON, too deeply nested, name a key twice, are of
+    another format or schema version, or do not fit the schema.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise InputError(
+            f"{where} has {len(data)} bytes; a manifest has at most {MAX_MANIFEST_BYTES}. {_MEND}"
+        )
+    _check_depth(data, where)
+    try:
+        document = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants
+        )
+        # Lone surrogates are JSON and not text: no file and no terminal takes them.
+        json.dumps(document, ensure_ascii=False).encode("utf-8")
+    except (UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"{where} is not a manifest: {error}. {_MEND}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise InputError(f'{where} is not the manifest of an edgewise bundle: it lacks "format": "{FORMAT}".')
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        mend = "Upgrade edgewise to read it." if newer else "Export the model again."
+        raise InputError(
+            f"{where} has schema_version {version!r}; this edgewise reads {SCHEMA_VERSION}. {mend}"
+        )
+    try:
+        return Manifest.model_validate_json(data, strict=True)
+    except ValidationError as error:
+        raise InputError(f"{where} does not fit the manifest's schema:\n{_faults(error)}\n{_MEND}") from error
+
+
+_MEND = "Copy the bundle again, or export the model again."
+
+
+def _faults(error: ValidationError, most: int = 5) -> str:
+    faults = error.errors(include_url=False, include_input=False)
+    lines = [
+        f"  {'.'.join(str(part) for part in fault['loc']) or 'manifest'}: {fault['msg']}" for fault in faults
+    ]
+    if len(lines) > most:
+        lines[most:] = [f"  and {len(lines) - most} more"]
+    return "\n".join(lines)
+
+
+def _check_depth(data: bytes, where: str) -> None:
+    """Refuse deep nesting before the JSON parser, which recurses, sees it."""
+    depth = 0
+    in_string = False
+    for token in re.finditer(rb'\\.|["\[\]{}]', data, re.DOTALL):
+        mark = token.group()
+        if mark == b'"':
+            in_string = not in_string
+        elif in_string or len(mark) > 1:
+            continue
+        elif mark in b"[{":
+            depth += 1
+            if depth > MAX_MANIFEST_DEPTH:
+                raise InputError(f"{where} is nested deeper than {MAX_MANIFEST_DEPTH} levels. {_MEND}")
+        else:
+            depth -= 1
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"key {', '.join(map(repr, twice))} is there more than once")
+    return document
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

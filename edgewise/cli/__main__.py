@@ -1,0 +1,7 @@
+"""`python -m edgewise.cli` is the command `edgewise`."""
+
+import sys
+
+from edgewise.cli import main
+
+sys.exit(main())

@@ -1,0 +1,95 @@
+"""`edgewise export`: a model becomes a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgewise.cli import options, tables
+from edgewise.cli.screen import Result, Screen
+from edgewise.errors import InputError
+
+
+def export(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=options.MODEL_HELP)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="BUNDLE", help="Folder of the new bundle. Required.")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", help="What to lower to. Repeatable. Default: openvino. See `edgewise targets`."),
+    ] = None,
+    compress: options.Compress = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", metavar="fp32|fp16", help="Of the stored weights. Default: fp32.")
+    ] = None,
+    calib: Annotated[
+        str | None, typer.Option("--calib", metavar="SRC", help="Calibration data, for precisions that need some.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="A recipe.yaml, or a bundle with one: defaults for all flags."),
+    ] = None,
+    input_shapes: options.InputShapes = None,
+    batch: options.Batch = None,
+    seed: options.Seed = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    weights_only: options.WeightsOnly = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Lower anew, and remember nothing.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> Result:
+    """Export MODEL to a bundle: compressed, lowered to every target, verified, written whole or not at all."""
+    screen = Screen(json, quiet)
+    if out is None:
+        raise InputError("no place for the bundle: give -o BUNDLE (see edgewise export --help)")
+    from edgewise.exporter.export import export as make
+    from edgewise.exporter.recipe import Recipe, read_recipe
+    from edgewise.exporter.sources import parse_shapes
+
+    given = read_recipe(recipe) if recipe is not None else None
+    if model is None and given is None:
+        raise InputError(f"no model: give MODEL ({options.MODEL_HELP}) or --recipe FILE")
+    defaults = given or Recipe(model=str(model), targets=("openvino",))
+    with screen.progress() as step:
+        bundle = make(
+            defaults.model if model is None else model,
+            out,
+            targets=target or defaults.targets,
+            compress=compress or defaults.compress,
+            precision=precision or defaults.precision,
+            calibration=calib,
+            input_shapes=parse_shapes(input_shapes) if input_shapes else defaults.input_shapes,
+            batch=defaults.batch if batch is None else batch,
+            seed=defaults.seed if seed is None else seed,
+            trust_remote_code=trust_remote_code,
+            weights_only=weights_only,
+            cache=not no_cache,
+            progress=step,
+        )
+    manifest = bundle.manifest
+    for component in manifest.components:
+        if component.sites:
+            screen.show(tables.sites(component))
+        screen.show(tables.cost(component))
+    screen.show(tables.ladder(manifest.verification), tables.artifacts(bundle))
+    for artifact in manifest.targets:
+        for warning in artifact.warnings:
+            screen.say(f"warning: {artifact.label}: {warning}")
+    screen.show(f"wrote {out}; next: edgewise bench {out}")
+    return Result(
+        {
+            "bundle": str(out),
+            "model": manifest.model.model_dump(mode="json"),
+            "compress": list(manifest.compress),
+            "components": [component.model_dump(mode="json") for component in manifest.components],
+            "verification": [rung.model_dump(mode="json") for rung in manifest.verification],
+            "artifacts": [
+                {**artifact.model_dump(mode="json"), "bytes": tables.artifact_sizes(bundle)[artifact.label]}
+                for artifact in manifest.targets
+            ],
+        }
+    )

@@ -1,0 +1,98 @@
+"""`edgewise run`: run one artifact of a bundle once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from edgewise.cli import options
+from edgewise.cli.data import load_feeds
+from edgewise.cli.screen import Result, Screen, number, row, table
+from edgewise.errors import InputError
+
+_TOP = 5
+
+
+def run(
+    bundle: options.BundleFolder,
+    inputs: Annotated[
+        str,
+        typer.Option("--inputs", "-i", metavar="SRC", help="An .npz or .safetensors file, or demo:NAME[index]."),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.npz", help="Write the outputs here.")] = None,
+    target: Annotated[str | None, typer.Option("--target", help="Default: the first that can run here.")] = None,
+    role: Annotated[str | None, typer.Option("--role", help="Which component. Default: the first.")] = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> Result:
+    """Run one artifact of BUNDLE on arrays, and show what comes out."""
+    from edgewise.bundle import Bundle
+    from edgewise.runtime import load
+
+    screen = Screen(json, quiet)
+    if out is not None and out.suffix != ".npz":
+        raise InputError(f"-o {out}: outputs are written as .npz")
+    opened = Bundle.open(bundle)
+    role = role or opened.manifest.components[0].role
+    feeds = load_feeds(inputs, opened.manifest.component(role))
+    with load(opened, target, role, threads=threads) as session:
+        outputs = session.run(feeds)
+    found = {name: _summary(array) for name, array in outputs.items()}
+    made = table("outputs", "output", "shape", "dtype", "min", "max", f"top {_TOP} classes", right=("min", "max"))
+    for name, about in found.items():
+        classes = [" ".join(f"{one['index']} ({one['score']:.3g})" for one in best) for best in about["top"] or ()]
+        row(
+            made,
+            name,
+            "x".join(map(str, about["shape"])) or "scalar",
+            about["dtype"],
+            number(about["min"], ".4g"),
+            number(about["max"], ".4g"),
+            "\n".join(classes) or None,
+        )
+    screen.show(made)
+    if out is not None:
+        _write(out, outputs)
+        screen.say(f"wrote {out}")
+    return Result({"bundle": str(bundle), "role": role, "outputs": found, "out": str(out) if out else None})
+
+
+def _summary(array: np.ndarray) -> dict[str, Any]:
+    """What is said of one output. `top`: for each row of class scores, the best classes and their scores."""
+    scores = array.ndim == 2 and array.shape[1] > 1 and np.issubdtype(array.dtype, np.floating)
+    return {
+        "shape": list(array.shape),
+        "dtype": str(array.dtype),
+        "min": _plain(array.min()) if array.size else None,
+        "max": _plain(array.max()) if array.size else None,
+        "top": [_top(line) for line in array] if scores and np.isfinite(array).all() else None,
+    }
+
+
+def _top(scores: np.ndarray) -> list[dict[str, Any]]:
+    best = np.argsort(-scores, kind="stable")[:_TOP]
+    return [{"index": int(index), "score": float(scores[index])} for index in best]
+
+
+def _plain(value: Any) -> float | int | bool | None:
+    plain: float | int | bool = value.item()
+    return plain if np.isfinite(plain) else None
+
+
+def _write(out: Path, outputs: dict[str, np.ndarray]) -> None:
+    """Write the outputs whole or not at all."""
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, **outputs)  # type: ignore[arg-type]
+        os.replace(part, out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)

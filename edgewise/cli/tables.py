@@ -1,0 +1,80 @@
+"""Tables of what a manifest says, which several verbs show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from edgewise.bundle import Bundle, Component, Manifest
+from edgewise.cli.screen import flops, number, row, size, table
+from edgewise.verify import Rung, worst
+
+_RESULTS = {True: ("passed", "green"), False: ("FAILED", "red")}
+
+
+def sites(component: Component) -> Table:
+    """Tokens before and after every site of a component."""
+    made = table(f"{component.role}: tokens", "site", "method", "in", "out", right=("in", "out"))
+    for site in component.sites:
+        row(made, site.name, site.method, site.tokens_in, site.tokens_out)
+    return made
+
+
+def cost(component: Component) -> str:
+    """One line: what a run of a component costs, before and after compression."""
+    before, after = component.flops_before, component.flops_after
+    change = f" ({after / before - 1:+.1%})" if before else ""
+    return f"{component.role}: {flops(before)} before, {flops(after)} after compression{change}"
+
+
+def ladder(rungs: Sequence[Rung], title: str = "verification") -> Table:
+    """The rungs of a ladder, each with the worst error of its outputs."""
+    numbers = ("max abs", "relative", "SQNR dB", "cosine", "top-1", "kept", "allowed")
+    made = table(title, "check", "against", *numbers, "result", right=numbers)
+    for rung in rungs:
+        errors = worst(rung.outputs.values()) if rung.outputs else None
+        result = Text(*_RESULTS[rung.passed]) if rung.passed is not None else Text(rung.note or "informative", "dim")
+        row(
+            made,
+            rung.name,
+            rung.against,
+            number(errors.max_abs if errors else None),
+            "not finite" if errors and not errors.finite else number(errors.relative if errors else None),
+            number(errors.sqnr_db if errors else None, ".1f"),
+            number(errors.cosine if errors else None, ".6f"),
+            number(errors.top1 if errors else None, ".1%"),
+            number(rung.kept_overlap, ".1%"),
+            number(rung.threshold, ".0e"),
+            result,
+        )
+    return made
+
+
+def artifacts(bundle: Bundle) -> Table:
+    """Artifacts with their files, sizes and the tools that made them."""
+    made = table("artifacts", "artifact", "files", "size", "made with", right=("size",))
+    for artifact in bundle.manifest.targets:
+        made_with = ", ".join(f"{package} {version}" for package, version in sorted(artifact.versions.items()))
+        row(made, artifact.label, "\n".join(artifact.files), size(_bytes(bundle, artifact.files)), made_with)
+    return made
+
+
+def tensors(manifest: Manifest) -> Table:
+    """Inputs and outputs of every component."""
+    made = table("inputs and outputs", "component", "", "name", "shape", "dtype")
+    for component in manifest.components:
+        for kind, infos in (("input", component.inputs), ("output", component.outputs)):
+            for info in infos:
+                row(made, component.role, kind, info.name, "x".join(map(str, info.shape)) or "scalar", info.dtype)
+    return made
+
+
+def artifact_sizes(bundle: Bundle) -> dict[str, int]:
+    """Bytes of every artifact by its label."""
+    return {artifact.label: _bytes(bundle, artifact.files) for artifact in bundle.manifest.targets}
+
+
+def _bytes(bundle: Bundle, files: Sequence[str]) -> int:
+    return sum(bundle.manifest.files[name].bytes for name in files)

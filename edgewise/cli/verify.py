@@ -1,0 +1,62 @@
+"""`edgewise verify`: check a bundle, and run its artifacts against their golden outputs and labelled data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from edgewise.cli import options, tables
+from edgewise.cli.data import accuracy, load_data
+from edgewise.cli.screen import Result, Screen, row, table
+
+
+def verify(
+    bundle: options.BundleFolder,
+    target: options.Targets = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="SRC", help="demo:NAME, or an .npz of inputs and `labels`: measure accuracy."),
+    ] = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> Result:
+    """Check every file of BUNDLE, and run its artifacts on this machine against the golden outputs."""
+    from edgewise.bundle import Bundle
+    from edgewise.verify.bundle import verify_bundle
+
+    screen = Screen(json, quiet)
+    labelled = None if data is None else load_data(data, labels=True)
+    with screen.progress() as step:
+        opened = Bundle.open(bundle)
+        rungs = verify_bundle(
+            opened, target or None, threads=threads, progress=lambda label: step(0, 0, f"run {label}")
+        )
+    screen.show(tables.ladder(rungs))
+    scores: list[dict[str, Any]] = []
+    if labelled is not None:
+        scores = accuracy(opened, labelled, target or None, threads, screen)
+        numbers = ("samples", "correct", "top-1")
+        made = table(f"accuracy on {labelled.name}", "artifact", *numbers, right=numbers)
+        for score in scores:
+            row(made, score["artifact"], score["samples"], score["correct"], f"{score['top1']:.2%}")
+        screen.show(made)
+    failed = [rung.name for rung in rungs if rung.passed is False]
+    checked = [rung.name for rung in rungs if rung.passed]
+    if failed:
+        screen.show(f"failed: {', '.join(failed)}")
+    elif not checked:
+        screen.show("every file is as the manifest says; no artifact has a threshold to be checked against")
+    else:
+        screen.show(f"every file is as the manifest says, and {len(checked)} of {len(rungs)} artifacts passed")
+    return Result(
+        {
+            "bundle": str(bundle),
+            "passed": not failed,
+            "verification": [rung.model_dump(mode="json") for rung in rungs],
+            "accuracy": scores if labelled is not None else None,
+        },
+        1 if failed else 0,
+    )

@@ -1,0 +1,195 @@
+"""What a target is, and what a session is."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from edgewise.bundle.manifest import TensorInfo
+from edgewise.errors import InputError, MissingExtra, unknown
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package that a target needs: the least version that works, the version that was tested, and the extra
+    of edgewise that installs it. `runtime`: it is needed to run an artifact, and not only to make one."""
+
+    package: str
+    minimum: str
+    tested: str
+    extra: str
+    runtime: bool = True
+
+    @property
+    def installed(self) -> str | None:
+        """The installed version, or None. The package is not imported."""
+        try:
+            return metadata.version(self.package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def check(self) -> str | None:
+        """A warning if the installed version is not the tested one, else None.
+
+        Raises `MissingExtra` if the package is absent or older than `minimum`.
+        """
+        version = self.installed
+        mend = f'install it with: pip install "edgewise[{self.extra}]"'
+        if version is None:
+            raise MissingExtra(f"{self.package} is not installed; {mend}")
+        if release(version) < release(self.minimum):
+            raise MissingExtra(
+                f"{self.package} {version} is older than {self.minimum}, the least that works; {mend}"
+            )
+        if release(version) != release(self.tested):
+            return f"{self.package} {version} is installed; edgewise was tested with {self.tested}"
+        return None
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version before any suffix, without trailing zeros: `1.31.0rc1+cpu` is (1, 31)."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(part) for part in match.group().split(".")] if match else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+class Session(ABC):
+    """A loaded component that runs numpy arrays. Use it as a context manager, or call `close`."""
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the component once.
+
+        `feeds` holds one array for each input, of its exact shape and dtype. Gives the outputs by name, in
+        order; the arrays are the caller's. Raises `InputError` if a name, shape or dtype is wrong, before
+        anything runs.
+        """
+        return self._run(self._checked(feeds))
+
+    def _checked(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names = [info.name for info in self.inputs]
+        for name in feeds:
+            if name not in names:
+                raise unknown("input", name, names)
+        checked = {}
+        for info in self.inputs:
+            if info.name not in feeds:
+                raise InputError(f"input '{info.name}' is missing; the inputs are: {', '.join(names)}")
+            array = feeds[info.name]
+            if not isinstance(array, np.ndarray):
+                kind = type(array).__name__
+                raise InputError(
+                    f"input '{info.name}' is a {kind}; give a numpy array (numpy.asarray makes one)"
+                )
+            if array.shape != info.shape:
+                raise InputError(
+                    f"input '{info.name}' has shape {array.shape}; "
+                    f"this artifact has the static shape {info.shape}"
+                )
+            if array.dtype.newbyteorder("=") != np.dtype(info.dtype):
+                raise InputError(
+                    f"input '{info.name}' has dtype {array.dtype} and must be {info.dtype}; "
+                    f"convert it with .astype('{info.dtype}')"
+                )
+            # Runtimes read a plain buffer, and take strides or the other byte order for data.
+            checked[info.name] = np.ascontiguousarray(array, dtype=np.dtype(info.dtype)).reshape(info.shape)
+        return checked
+
+    @abstractmethod
+    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run checked feeds."""
+
+    def placement(self) -> dict[str, int] | None:
+        """Number of graph nodes by the unit that runs them. None: the runtime does not say."""
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the component. Afterwards `run` raises `InputError`. May be called twice."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Target(ABC):
+    """A place where programs run: what it needs, what it can do, how to lower to it and how to run on it."""
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    requirements: ClassVar[tuple[Requirement, ...]]
+    precisions: ClassVar[tuple[str, ...]]
+    # For every compression op, the realisations that the target can run, fastest first.
+    realisations: ClassVar[dict[str, tuple[str, ...]]]
+
+    def check(self, *, runtime_only: bool = False) -> list[str]:
+        """Warnings about packages whose version was not tested.
+
+        Raises `MissingExtra`, which says what to install, if a package is absent or too old. `runtime_only`
+        leaves out what is needed to make artifacts and not to run them. Nothing is imported.
+        """
+        return [warning for one in self._needs(runtime_only) if (warning := one.check()) is not None]
+
+    def versions(self, *, runtime_only: bool = False) -> dict[str, str]:
+        """Installed versions of the required packages. A package that is not installed is left out."""
+        return {one.package: one.installed for one in self._needs(runtime_only) if one.installed is not None}
+
+    def _needs(self, runtime_only: bool) -> list[Requirement]:
+        return [one for one in self.requirements if one.runtime or not runtime_only]
+
+    def check_precision(self, precision: str) -> None:
+        """Raise `InputError` with the nearest name if the target has no such precision."""
+        if precision not in self.precisions:
+            raise unknown(f"precision of target {self.name}", precision, self.precisions)
+
+    @abstractmethod
+    def lower(
+        self,
+        exported: ExportedProgram,
+        folder: Path,
+        stem: str,
+        *,
+        precision: str,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+    ) -> list[Path]:
+        """Write the artifact of a program to `folder / stem` with the target's suffixes.
+
+        `exported` holds ATen ops only and has static shapes. The artifact's inputs and outputs have exactly
+        the given names, in this order. The same program gives the same bytes. Gives the files, the main one
+        first. Raises `InputError` if the names do not fit or the target cannot lower the program.
+        """
+
+    @abstractmethod
+    def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
+        """Load an artifact, the main file first. `threads`: of the runtime; None is the runtime's own choice.
+
+        Raises `MissingExtra` if the runtime is absent, `InputError` if the files cannot be loaded.
+        """
+
+    def lint(self, exported: ExportedProgram) -> list[str]:
+        """What would fail, or be slow, on this target; one line each. An empty list: nothing is known to."""
+        return []
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise `InputError` unless `threads` is None or a number of one or more."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads is {threads!r}; give a whole number of 1 or more")

@@ -1,0 +1,56 @@
+"""The target `onnxruntime`: any machine, through an ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgewise.targets.base import Requirement, Session, Target
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+
+class OnnxRuntime(Target):
+    """One `.onnx` file, or two above 1.8 GB. With `fp16` the weights are stored in half precision, and the
+    arithmetic is single precision all the same."""
+
+    name = "onnxruntime"
+    description = "ONNX for ONNX Runtime, on any CPU"
+    suffixes = (".onnx",)
+    requirements = (
+        Requirement("onnxruntime", minimum="1.18.0", tested="1.31.1", extra="onnxruntime"),
+        Requirement("onnx", minimum="1.17.0", tested="1.23.2", extra="onnxruntime", runtime=False),
+        Requirement("onnxscript", minimum="0.5.0", tested="0.7.2", extra="onnxruntime", runtime=False),
+        Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
+    )
+    precisions = ("fp32", "fp16")
+    realisations = {
+        "top_tokens": ("topk", "sort_free", "scatter"),
+        "bipartite_match": ("topk", "sort_free", "scatter"),
+        "take": ("topk", "sort_free", "scatter"),
+        "merge": ("topk", "sort_free", "scatter"),
+    }
+
+    def lower(
+        self,
+        exported: ExportedProgram,
+        folder: Path,
+        stem: str,
+        *,
+        precision: str,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+    ) -> list[Path]:
+        from edgewise.targets.onnxruntime.lower import lower
+
+        self.check()
+        self.check_precision(precision)
+        return lower(exported, folder, stem, precision, input_names, output_names)
+
+    def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
+        from edgewise.targets.onnxruntime.session import OnnxRuntimeSession
+
+        self.check(runtime_only=True)
+        return OnnxRuntimeSession(files, threads=threads)

@@ -1,0 +1,126 @@
+"""Turn an exported program into an ONNX model, without those steps of torch's exporter that are not needed.
+
+For ViT-B/16 torch's exporter spends two thirds of its time on tracing the program again for its
+decompositions and on rewriting rules that find nothing. Both are left out; constant folding and clean-up
+stay.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import opset20, optimizer
+from torch.export import ExportedProgram
+
+from edgewise.errors import InputError
+from edgewise.targets.program import quiet
+
+# 20 is the first opset with Gelu as one op. What later opsets add is not read by all runtimes of the last
+# years.
+OPSET = 20
+
+
+def to_onnx(exported: ExportedProgram) -> onnx_ir.Model:
+    """The ONNX model of a program, with its weights as initialisers and no notes about its source.
+
+    The program must not write in place. Raises `InputError` if an op has no rule.
+    """
+    with quiet():
+        try:
+            try:
+                model = _export(_plain(exported))
+            except torch.onnx.OnnxExporterError:
+                # An op that has no rule as it is may have one after torch's decompositions.
+                model = _export(exported)
+        except Exception as error:
+            # The exporter's own errors, and whatever torch's decompositions run into.
+            raise InputError(f"target onnxruntime cannot lower this program: {_reason(error)}") from error
+        _clean(model)
+    return model
+
+
+class _Plain(ExportedProgram):
+    """A program that says that it needs no decompositions when the exporter asks for them."""
+
+    def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
+        return self
+
+
+def _plain(exported: ExportedProgram) -> _Plain:
+    """A copy of the program that shares its weights."""
+    return _Plain(
+        root=exported.graph_module,
+        graph=copy.deepcopy(exported.graph),  # the exporter edits it
+        graph_signature=exported.graph_signature,
+        state_dict=exported.state_dict,
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants=exported.constants,
+        verifiers=exported.verifiers,
+    )
+
+
+def _export(exported: ExportedProgram) -> onnx_ir.Model:
+    program = torch.onnx.export(
+        exported,
+        dynamo=True,
+        opset_version=OPSET,
+        verbose=False,
+        optimize=False,
+        custom_translation_table=_TRANSLATIONS,
+    )
+    assert program is not None
+    model: onnx_ir.Model = program.model
+    return model
+
+
+def _clean(model: onnx_ir.Model) -> None:
+    """Fold constants, drop what nobody uses, and drop notes, which hold source paths of this machine."""
+    common.InlinePass()(model)
+    optimizer.fold_constants(model)
+    for step in (
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+        common.ClearMetadataAndDocStringPass(),
+    ):
+        step(model)
+    model.graph.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.name = "edgewise"
+    model.producer_name, model.producer_version = "edgewise", None
+
+
+def _sort_stable(
+    self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[Any, Any]:
+    # ONNX's TopK gives equal values in the order of their indices, so that a TopK of all is a stable sort.
+    size: Any = opset20.Constant(value_ints=[self.shape[dim]])
+    values, indices = opset20.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+    return values, indices
+
+
+# ONNX for those ATen ops that torch's exporter has no rule for.
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.sort.stable: _sort_stable}
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    op = re.search(r"OpOverload\(op='([^']+)'", text)
+    return f"it has no rule for {op.group(1)} ({text})" if op else f"{type(error).__name__}: {text}"

@@ -1,0 +1,54 @@
+"""The target `openvino`: Intel CPUs, GPUs and NPUs of laptops and edge boxes, through OpenVINO IR."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgewise.targets.base import Requirement, Session, Target
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+
+class OpenVino(Target):
+    """OpenVINO IR, `.xml` and `.bin`. With `fp16` the weights are stored in half precision and the arithmetic
+    is the device's choice; with `fp32` both are single precision."""
+
+    name = "openvino"
+    description = "OpenVINO IR for Intel CPUs, GPUs and NPUs"
+    suffixes = (".xml", ".bin")
+    requirements = (
+        Requirement("openvino", minimum="2025.0.0", tested="2026.4.1", extra="openvino"),
+        Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
+    )
+    precisions = ("fp32", "fp16")
+    realisations = {
+        "top_tokens": ("topk", "sort_free", "scatter"),
+        "bipartite_match": ("topk", "sort_free", "scatter"),
+        "take": ("topk", "sort_free", "scatter"),
+        "merge": ("topk", "sort_free", "scatter"),
+    }
+
+    def lower(
+        self,
+        exported: ExportedProgram,
+        folder: Path,
+        stem: str,
+        *,
+        precision: str,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+    ) -> list[Path]:
+        from edgewise.targets.openvino.lower import lower
+
+        self.check()
+        self.check_precision(precision)
+        return lower(exported, folder, stem, precision, input_names, output_names)
+
+    def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
+        from edgewise.targets.openvino.session import OpenVinoSession
+
+        self.check(runtime_only=True)
+        return OpenVinoSession(files, threads=threads)

@@ -1,0 +1,122 @@
+"""Turn an exported program into the graph that OpenVINO's PyTorch frontend reads.
+
+OpenVINO's own `convert_model` runs torch's decompositions over the program first, which traces it again and
+takes most of the time (ViT-B/16: 6.8 s, against 0.4 s for the rewriting here). Few composite ops stand in the
+way of reading a program as it is; they are rewritten in place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+aten = torch.ops.aten
+
+
+def readable(exported: torch.export.ExportedProgram) -> GraphModule:
+    """A copy of the program's graph with only simple ops in it, which shares the weights.
+
+    The program must not write in place.
+    """
+    module = exported.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    for node in list(module.graph.nodes):
+        rewrite = _REWRITES.get(node.target)
+        if rewrite is not None:
+            rewrite(module.graph, node)
+    return module
+
+
+def decomposed(exported: torch.export.ExportedProgram) -> GraphModule:
+    """The program's graph after torch's decompositions, for programs that `readable` cannot prepare."""
+    from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
+    from torch.export.decomp_utils import CustomDecompTable
+
+    table: dict[Any, Callable[..., Any]] = CustomDecompTable()  # type: ignore[no-untyped-call]
+    for op in ops_to_not_decompose():
+        if op in table:
+            table.pop(op)
+    module = exported.run_decompositions(table).module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    return module
+
+
+def _filled(node: Node) -> list[Any]:
+    """All arguments of a node in the order of its schema, defaults filled in."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = list(node.args)
+    return [
+        given[index] if index < len(given) else node.kwargs.get(argument.name, argument.default_value)
+        for index, argument in enumerate(arguments)
+    ]
+
+
+def _become(node: Node, target: Any, args: tuple[Any, ...]) -> None:
+    node.target, node.args, node.kwargs = target, args, {}
+
+
+def _view(graph: Graph, node: Node) -> None:
+    # Values, not strides, count from here on: every reshape is a view.
+    _become(node, aten.view.default, (node.args[0], list(node.meta["val"].shape)))
+
+
+def _identity(graph: Graph, node: Node) -> None:
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    graph.erase_node(node)
+
+
+def _dropout(graph: Graph, node: Node) -> None:
+    if not _filled(node)[2]:  # not training
+        _identity(graph, node)
+
+
+def _convolution(graph: Graph, node: Node) -> None:
+    value, weight, bias, stride, padding, dilation, groups = _filled(node)
+    dimensions = weight.meta["val"].ndim - 2
+
+    def full(sizes: list[int]) -> list[int]:
+        return list(sizes) * (dimensions if len(sizes) == 1 else 1)
+
+    output_padding = [0] * dimensions
+    args = (value, weight, bias, full(stride), full(padding), full(dilation), False, output_padding, groups)
+    _become(node, aten.convolution.default, args)
+
+
+def _layer_norm(graph: Graph, node: Node) -> None:
+    value, shape, weight, bias, epsilon, _ = _filled(node)
+    with graph.inserting_before(node):
+        norm = graph.call_function(aten.native_layer_norm.default, (value, shape, weight, bias, epsilon))
+        first = graph.call_function(operator.getitem, (norm, 0))
+    first.meta = dict(node.meta)
+    node.replace_all_uses_with(first)
+    graph.erase_node(node)
+
+
+def _softmax(graph: Graph, node: Node) -> None:
+    value, dimension, dtype = _filled(node)
+    if dtype is None or dtype == value.meta["val"].dtype:
+        _become(node, aten._softmax.default, (value, dimension, False))
+
+
+def _matmul(graph: Graph, node: Node) -> None:
+    # The frontend's rule for bmm is OpenVINO's MatMul, which broadcasts as matmul does.
+    _become(node, aten.bmm.default, tuple(node.args))
+
+
+_REWRITES: dict[Any, Callable[[Graph, Node], None]] = {
+    aten.reshape.default: _view,
+    aten.flatten.using_ints: _view,
+    aten.unflatten.int: _view,
+    aten.contiguous.default: _identity,
+    aten.dropout.default: _dropout,
+    aten.conv1d.default: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.conv3d.default: _convolution,
+    aten.layer_norm.default: _layer_norm,
+    aten.softmax.int: _softmax,
+    aten.matmul.default: _matmul,
+}

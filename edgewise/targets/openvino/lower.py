@@ -1,0 +1,104 @@
+"""Lower an exported program to OpenVINO IR, the same bytes every time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgewise.errors import InputError
+from edgewise.targets.program import prepare, quiet
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+
+def lower(
+    exported: ExportedProgram,
+    folder: Path,
+    stem: str,
+    precision: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> list[Path]:
+    """Write `stem.xml` and `stem.bin`; see `Target.lower`."""
+    import openvino
+
+    model = _convert(prepare(exported, "openvino", input_names, output_names))
+    _name(model, input_names, output_names)
+    path = Path(folder) / f"{stem}.xml"
+    openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
+    return [path, path.with_suffix(".bin")]
+
+
+def _convert(exported: ExportedProgram) -> Any:
+    from openvino.frontend import OpConversionFailure
+
+    from edgewise.targets.openvino.graph import decomposed, readable
+
+    with quiet():
+        try:
+            try:
+                return _read(readable(exported))
+            except OpConversionFailure:
+                # An op that has no rule as it is may have one after torch's decompositions.
+                return _read(decomposed(exported))
+        except Exception as error:
+            # The frontend raises its own errors, RuntimeError, and whatever its translators run into.
+            raise InputError(f"target openvino cannot lower this program: {_reason(error)}") from error
+
+
+def _read(module: Any) -> Any:
+    """Read a graph with OpenVINO's frontend. The model's outputs are the graph's, in order."""
+    import openvino
+    from openvino import opset13 as opset
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    # The frontend fails on a graph that gives one value twice.
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    values = list(output.args[0])
+    single = list(dict.fromkeys(values))
+    output.args = (tuple(single),)
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchFXPythonDecoder(module, dynamic_shapes=False)  # has to outlive the conversion
+    model = frontend.convert(frontend.load(decoder))
+
+    sources = [model.outputs[single.index(value)].get_node().input_value(0) for value in values]
+    used: list[Any] = []
+    results = []
+    for source in sources:
+        # One tensor has one name: an output that is an input, or another output, becomes a tensor of its own.
+        shared = source in used or source.get_node().get_type_name() == "Parameter"
+        used.append(source)
+        results.append(
+            opset.result(opset.convert(source, source.get_element_type().to_string()) if shared else source)
+        )
+    return openvino.Model(results, model.get_parameters())
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    ops = re.search(r"No conversion rule found for operations: (.*)", text)
+    if ops:
+        return f"it has no rule for {ops.group(1).strip()}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[-3:]) if lines else type(error).__name__
+
+
+def _name(model: Any, input_names: Sequence[str], output_names: Sequence[str]) -> None:
+    """Give inputs, outputs and nodes names that depend on the program alone.
+
+    The frontend names nodes by counters that go on from one conversion to the next.
+    """
+    for number, node in enumerate(model.get_ordered_ops()):
+        node.set_friendly_name(f"{node.get_type_name()}_{number}")
+        for output in node.outputs():
+            output.get_tensor().set_names(set())
+    for parameter, name in zip(model.inputs, input_names, strict=True):
+        parameter.get_tensor().set_names({name})
+        parameter.get_node().set_friendly_name(name)
+    for result, name in zip(model.outputs, output_names, strict=True):
+        result.get_tensor().set_names({name})
+    model.set_friendly_name("edgewise")

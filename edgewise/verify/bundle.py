@@ -1,0 +1,82 @@
+"""Verify the artifacts of a bundle on this machine against its golden outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from edgewise.bundle.manifest import Artifact, Manifest
+from edgewise.bundle.reader import Bundle, Golden
+from edgewise.errors import InputError
+from edgewise.targets import Session, choose, load, runnable
+from edgewise.verify.ladder import Rung, judge
+
+AGAINST = "golden outputs"
+
+
+def verify_bundle(
+    bundle: Bundle,
+    targets: Sequence[str] | None = None,
+    *,
+    threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Rung]:
+    """Run every artifact whose runtime is installed on all golden samples, and judge it.
+
+    Gives one rung of kind `lowering` for each artifact, under its label, at the threshold that the manifest's
+    own rung of that name holds. An artifact that cannot run here has `passed` None, and `note` says why; so
+    has one without a threshold. `progress` is called with each label. Raises `MissingExtra` if no artifact
+    can run here, and `InputError` if a target is unknown or the golden tensors do not fit.
+    """
+    artifacts = choose(bundle, targets)
+    _, reasons = runnable(artifacts)
+    rungs = []
+    for artifact in artifacts:
+        if progress is not None:
+            progress(artifact.label)
+        if artifact.label in reasons:
+            note = f"skipped: {reasons[artifact.label]}"
+            rungs.append(Rung(name=artifact.label, against=AGAINST, kind="lowering", note=note))
+            continue
+        golden = bundle.golden(artifact.role)
+        with load(bundle, artifact, threads=threads) as session:
+            rungs.append(check(artifact, session, golden, threshold(bundle.manifest, artifact)))
+    return rungs
+
+
+def check(artifact: Artifact, session: Session, golden: Golden, limit: float | None) -> Rung:
+    """Run a session on all golden samples and judge it against the golden outputs."""
+    return judge(
+        artifact.label,
+        AGAINST,
+        "lowering",
+        batched(golden.outputs),
+        batched(run_all(session, golden)),
+        threshold=limit,
+        note="" if limit is not None else "the manifest has no threshold for this artifact",
+    )
+
+
+def threshold(manifest: Manifest, artifact: Artifact) -> float | None:
+    """The threshold of the artifact's `lowering` rung in the manifest; None if there is none."""
+    for rung in manifest.verification:
+        if rung.kind == "lowering" and rung.name == artifact.label:
+            return rung.threshold
+    return None
+
+
+def run_all(session: Session, golden: Golden) -> dict[str, np.ndarray]:
+    """Outputs of a session on all golden samples, stacked on a new leading axis."""
+    if not golden.inputs:
+        raise InputError("the golden tensors hold no inputs; export the model again")
+    results = [session.run(golden.feeds(sample)) for sample in range(golden.samples)]
+    return {name: np.stack([result[name] for result in results]) for name in results[0]}
+
+
+def batched(stacked: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Join the axis of samples with the batch axis, so that class scores are a matrix of rows again."""
+    return {
+        name: value.reshape(-1, *value.shape[2:]) if value.ndim >= 3 else value
+        for name, value in stacked.items()
+    }

@@ -1,0 +1,279 @@
+"""Every program on every target: the names, the numbers, the bytes, and what is said when it cannot be done."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_programs
+import torch
+from tiny_programs import CASES, Case, Unknown, case
+
+from edgewise import targets
+from edgewise.errors import InputError
+from edgewise.targets.base import Session
+from edgewise.verify import compare
+
+NAMES = ("onnxruntime", "openvino")
+LIMIT = {"fp32": 1e-5, "fp16": 5e-3}
+
+
+@functools.cache
+def program(name: str) -> Case:
+    torch.manual_seed(0)
+    return CASES[name]()
+
+
+def lowered(target: str, one: Case, folder: Path, precision: str = "fp32", stem: str = "m") -> list[Path]:
+    return targets.get(target).lower(
+        one.exported, folder, stem, precision=precision, input_names=one.input_names, output_names=one.output_names
+    )
+
+
+def loaded(target: str, one: Case, folder: Path, precision: str = "fp32") -> Session:
+    return targets.get(target).load(lowered(target, one, folder, precision), threads=1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("target", NAMES)
+def test_the_artifact_computes_the_program(target: str, name: str, precision: str, tmp_path: Path) -> None:
+    one = program(name)
+    with loaded(target, one, tmp_path, precision) as session:
+        for info, array in zip(session.inputs, one.feeds.values(), strict=True):
+            assert (info.shape, info.dtype) == (array.shape, array.dtype.name)
+        assert [info.name for info in session.inputs] == one.input_names
+        assert [info.name for info in session.outputs] == one.output_names
+        outputs = session.run(one.feeds)
+    for key, expected in one.expected.items():
+        assert (outputs[key].shape, outputs[key].dtype) == (expected.shape, expected.dtype)
+        errors = compare(expected, outputs[key])
+        assert errors.relative is not None and errors.relative <= LIMIT[precision], (key, errors)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("target", NAMES)
+def test_two_lowerings_are_byte_identical(target: str, precision: str, tmp_path: Path) -> None:
+    one = program("masked_block")
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        files.append([path.read_bytes() for path in lowered(target, one, tmp_path / name, precision)])
+        lowered(target, program("odd"), tmp_path / name, precision, "other")  # counters go on in between
+    assert files[0] == files[1]
+
+
+AGAIN = """
+import sys
+sys.path[:0] = [{here!r}, {root!r}]
+from pathlib import Path
+import torch, tiny_programs
+from test_targets_lowering import lowered
+torch.manual_seed(0)
+lowered({target!r}, tiny_programs.masked_block(), Path({folder!r}))
+"""
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_another_process_and_folder_give_the_same_bytes(target: str, tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    code = AGAIN.format(here=str(here), root=str(here.parent), target=target, folder=str(tmp_path / "there"))
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    torch.manual_seed(0)
+    for path in lowered(target, tiny_programs.masked_block(), tmp_path / "here"):
+        data = path.read_bytes()
+        assert data == (tmp_path / "there" / path.name).read_bytes()
+        for secret in (str(tmp_path), str(here), "site-packages", "tiny_programs", ".py"):
+            assert secret.encode() not in data
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_fp16_halves_the_weights(target: str, tmp_path: Path) -> None:
+    wide = case(torch.nn.Linear(512, 512), torch.randn(1, 512))
+    sizes = [
+        sum(path.stat().st_size for path in lowered(target, wide, tmp_path, precision, precision))
+        for precision in ("fp32", "fp16")
+    ]
+    assert sizes[1] < 0.53 * sizes[0]
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_weights_that_fp16_cannot_hold_stay_finite(target: str, tmp_path: Path) -> None:
+    layer = torch.nn.Linear(32, 32)
+    layer.weight.data[3, 3] = 1e6
+    one = case(layer, torch.randn(1, 32))
+    with loaded(target, one, tmp_path, "fp16") as session:
+        assert np.isfinite(session.run(one.feeds)["o0"]).all()
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_the_program_is_not_changed(target: str, tmp_path: Path) -> None:
+    one = program("block")
+    before = (str(one.exported.graph), {key: value.clone() for key, value in one.exported.state_dict.items()})
+    lowered(target, one, tmp_path, "fp16")
+    assert str(one.exported.graph) == before[0]
+    assert all(torch.equal(value, one.exported.state_dict[key]) for key, value in before[1].items())
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_names_may_be_those_of_values_inside(target: str, tmp_path: Path) -> None:
+    one = program("block")
+    inner = [node.name for node in one.exported.graph.nodes if node.op == "call_function"]
+    names = [inner[3], "head.weight", *inner[-2:]]
+    for input_name, *output_names in (names[:3], names[1:4], ("linear", "image", "linear_1"), ("o1", "i0", "o0")):
+        files = targets.get(target).lower(
+            one.exported, tmp_path, "m", precision="fp32", input_names=[input_name], output_names=output_names
+        )
+        with targets.get(target).load(files) as session:
+            outputs = session.run({input_name: one.feeds["i0"]})
+        assert list(outputs) == output_names
+        for got, expected in zip(outputs.values(), one.expected.values(), strict=True):
+            assert np.allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_wrong_names_are_refused(target: str, tmp_path: Path) -> None:
+    one = program("block")
+    for inputs, outputs in ((["a"], ["b"]), (["a", "b"], ["c", "d"]), (["a"], ["b", "b"]), ([""], ["b", "c"])):
+        with pytest.raises(InputError, match=f"target {target}"):
+            targets.get(target).lower(
+                one.exported, tmp_path, "m", precision="fp32", input_names=inputs, output_names=outputs
+            )
+    with pytest.raises(InputError, match="unknown precision"):
+        lowered(target, one, tmp_path, "int3")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_an_op_without_a_rule_is_named(target: str, tmp_path: Path) -> None:
+    one = case(Unknown(), torch.randn(3))
+    with pytest.raises(InputError, match=f"target {target} cannot lower this program: .*special_bessel_j0") as caught:
+        lowered(target, one, tmp_path)
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_programs_that_are_not_static_or_keep_state(target: str, tmp_path: Path) -> None:
+    class Counter(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count.add_(1)
+            return x + self.count
+
+    with pytest.raises(InputError, match="writes to count"):
+        lowered(target, case(Counter(), torch.ones(2)), tmp_path)
+    linear = torch.nn.Linear(4, 4)
+    dynamic = torch.export.export(linear, (torch.ones(3, 4),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    with pytest.raises(InputError, match="dynamic shape"):
+        targets.get(target).lower(
+            dynamic, tmp_path, "m", precision="fp32", input_names=["a"], output_names=["b"]
+        )
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_lowering_says_nothing(target: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    level = logging.getLogger("torch.onnx").level
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowered(target, program("odd"), tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert logging.getLogger("torch.onnx").level == level
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_results_belong_to_the_caller(target: str, tmp_path: Path) -> None:
+    one = program("block")
+    with loaded(target, one, tmp_path) as session:
+        first = session.run(one.feeds)
+        kept = first["o0"].copy()
+        session.run({"i0": one.feeds["i0"] + 1})
+        assert np.array_equal(first["o0"], kept)
+        first["o0"][:] = 0
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_a_closed_session_says_so(target: str, tmp_path: Path) -> None:
+    session = loaded(target, program("block"), tmp_path)
+    session.close()
+    session.close()
+    with pytest.raises(InputError, match="closed"):
+        session.run(program("block").feeds)
+
+
+@pytest.mark.parametrize("target", NAMES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "noise", "cut"])
+def test_files_that_cannot_be_loaded(target: str, damage: str, tmp_path: Path) -> None:
+    files = lowered(target, program("block"), tmp_path)
+    if damage == "missing":
+        files[0].unlink()
+    else:
+        data = files[0].read_bytes()
+        files[0].write_bytes({"empty": b"", "noise": b"\xff" * 500, "cut": data[: len(data) // 2]}[damage])
+    with pytest.raises(InputError, match="cannot load"):
+        targets.get(target).load(files)
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_a_session_imports_no_torch(target: str, tmp_path: Path) -> None:
+    from test_targets_base import imported
+
+    one = program("block")
+    files = [str(path) for path in lowered(target, one, tmp_path)]
+    np.save(tmp_path / "x.npy", one.feeds["i0"])
+    code = f"""
+import numpy, pathlib
+from edgewise import targets
+session = targets.get({target!r}).load([pathlib.Path(path) for path in {files!r}], threads=1)
+assert session.run({{"i0": numpy.load({str(tmp_path / "x.npy")!r})}})["o1"].shape == (1, 10)
+session.placement()
+"""
+    assert imported(code) == set()
+
+
+def test_openvino_reads_most_programs_without_decomposing_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgewise.targets.openvino import graph
+
+    def never(exported: object) -> None:
+        raise AssertionError("decomposed")
+
+    monkeypatch.setattr(graph, "decomposed", never)
+    for name in ("block", "masked_block", "merge", "odd", "convolutions"):
+        lowered("openvino", program(name), tmp_path)
+
+
+def test_large_onnx_weights_go_to_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgewise.targets.onnxruntime import lower
+
+    monkeypatch.setattr(lower, "EXTERNAL_ABOVE", 10_000)
+    one = program("block")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        files = lowered("onnxruntime", one, tmp_path / folder)
+    assert [path.name for path in files] == ["m.onnx", "m.onnx.data"]
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
+    with targets.get("onnxruntime").load(files) as session:
+        assert np.allclose(session.run(one.feeds)["o0"], one.expected["o0"], atol=1e-5)
+
+
+def test_streamed_onnx_is_what_protobuf_writes(tmp_path: Path) -> None:
+    import onnx
+
+    path = lowered("onnxruntime", program("block"), tmp_path, "fp16")[0]
+    model = onnx.load(path)
+    assert model.ParseFromString(model.SerializeToString()) == len(model.SerializeToString())
+    names = [tensor.name for tensor in model.graph.initializer]
+    assert len(names) == len(set(names)) > 5
+    onnx.checker.check_model(model, full_check=True)
