@@ -72,9 +72,9 @@ class Screen:
     @contextmanager
     def counter(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show how far a count has come, which is too fast for a line each: a bar on a terminal, else one line."""
+        bar = self._err.is_terminal
         with self.progress() as step:
-            step(0, total, text)
-            bar = self._err.is_terminal
+            step(0, total if bar else 0, text)
             yield lambda done: step(done, total, text) if bar else None
 
     def _line(self, done: int, total: int, text: str) -> None:
