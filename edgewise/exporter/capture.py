@@ -32,14 +32,16 @@ def capture(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     args, kwargs = tuple(args), dict(kwargs or {})
     check_weights(module)
     with evaluating(module), quiet():
-        _run(module, args, kwargs)
+        outputs = _run(module, args, kwargs)
         try:
             exported = torch.export.export(module, args, kwargs, strict=False)
         except EdgewiseError:
             raise
         except Exception as error:
             raise InputError(_explain(module, error)) from error
-    return from_exported(exported, args, kwargs)
+    program = from_exported(exported, args, kwargs)
+    expected = {n: v.detach() for n, v in zip(program.output_names, pytree.tree_leaves(outputs)) if isinstance(v, Tensor)}
+    return program.with_role(expected=expected)
 
 
 def from_exported(exported: ExportedProgram, args: Sequence[Any] | None = None,
@@ -66,8 +68,7 @@ def from_exported(exported: ExportedProgram, args: Sequence[Any] | None = None,
     if len(tensors) != len(names):
         raise InputError(f"the program takes {len(names)} tensors ({', '.join(names)}), and {len(tensors)} were given")
     inputs = {name: tensor.detach() for name, tensor in zip(names, tensors)}
-    program = make_program(exported, inputs, output_names(exported))
-    return program.with_role()
+    return make_program(exported, inputs, output_names(exported)).with_role()
 
 
 def output_names(exported: ExportedProgram) -> tuple[str, ...]:
@@ -88,7 +89,7 @@ def check_weights(module: nn.Module) -> None:
     """Raise InputError if any floating-point weight or buffer is NaN or infinite."""
     for kind, named in (("weight", module.named_parameters()), ("buffer", module.named_buffers())):
         for name, tensor in named:
-            if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and tensor.device.type != "meta" and not _finite(tensor):
                 # Masks are stored as buffers with -inf in some models, which is no defect.
                 if kind == "buffer" and not bool(tensor.isnan().any()):
                     continue
@@ -99,11 +100,17 @@ def check_weights(module: nn.Module) -> None:
                                  "the weights before exporting")
 
 
-def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite. A sum tells in one read of the memory; only a sum that overflows needs a second."""
+    total = tensor.detach().sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the model once, so that inputs that do not fit are told apart from what cannot be captured."""
     try:
         with torch.no_grad():
-            module(*args, **kwargs)
+            return module(*args, **kwargs)
     except Exception as error:
         given = [*(_shape(a) for a in args), *(f"{k}={_shape(v)}" for k, v in kwargs.items())]
         takes = ", ".join(list(inspect.signature(module.forward).parameters)[:6])

@@ -26,7 +26,7 @@ from edgewise.exporter.digest import Weights, artifact_key
 from edgewise.exporter.recipe import Recipe
 from edgewise.exporter.report import write_report
 from edgewise.exporter.run import Outputs, Runner, as_array, round_to_half
-from edgewise.exporter.sources import Source, load_source, random_ids, random_input
+from edgewise.exporter.sources import Source, load_source
 from edgewise.passes.flops import total_flops
 from edgewise.passes.legalise import Legalise
 from edgewise.passes.plan import parse_spec
@@ -233,34 +233,24 @@ def _lower(job: Job, target: Target, legal: ExportedProgram, program: Program, f
 
 
 def _samples(job: Job, program: Program) -> list[dict[str, Tensor]]:
-    """Inputs to verify with: some of the source's real ones, else the example and a second seeded one."""
-    real = job.source.samples
-    if real and set(real) == set(program.inputs):
-        size = next(iter(program.inputs.values())).shape[0]
-        count = len(next(iter(real.values())))
-        # Spread over the split, which may be sorted by label.
-        starts = [i * (count - size) // 3 for i in range(4)]
-        return [{k: torch.from_numpy(real[k][s:s + size].copy()) for k in real} for s in starts]
-    second = {}
-    for name, value in program.inputs.items():
-        if value.is_floating_point():
-            second[name] = random_input(tuple(value.shape), value.dtype, job.recipe.seed + 1) * float(value.std().nan_to_num(1.0)
-                                                                                                      or 1.0)
-        elif value.dtype == torch.int64 and name.endswith("ids"):
-            second[name] = random_ids(tuple(value.shape), int(value.max()) + 1, job.recipe.seed + 1)
-        else:
-            second[name] = value
-    return [dict(program.inputs), second]
+    """Inputs to verify with: the program's examples, and others that the source has at hand."""
+    real, size = job.source.samples, next(iter(program.inputs.values())).shape[0]
+    if not real or set(real) != set(program.inputs):
+        return [dict(program.inputs)]
+    count = len(next(iter(real.values())))
+    # Spread over the split, which may be sorted by label. The first is the example already.
+    starts = [i * (count - size) // 3 for i in range(1, 4)]
+    return [dict(program.inputs), *({k: torch.from_numpy(real[k][s:s + size].copy()) for k in real} for s in starts)]
 
 
 def _eager(source: Source, samples: list[dict[str, Tensor]], program: Program) -> Outputs:
-    """The model itself on the samples, in place of its example inputs."""
+    """The model itself on the samples. On the example inputs it ran when it was captured."""
     assert source.module is not None
     flat, spec = pytree.tree_flatten((tuple(source.args), dict(source.kwargs)))
     where = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
-    results = []
+    results = [{k: as_array(v) for k, v in program.expected.items()}]
     with evaluating(source.module), quiet():
-        for sample in samples:
+        for sample in samples[1:]:
             leaves = list(flat)
             for i, value in zip(where, sample.values()):
                 leaves[i] = value

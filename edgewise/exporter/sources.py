@@ -55,7 +55,11 @@ def load_source(model: str, *, input_shapes: Mapping[str, tuple[int, ...]] | Non
         source = _hugging_face(str(demos.folder(name)), shapes, batch, seed, False, False)
         source.name = model
         split = demos.split(name)
-        source.samples = {key: split.inputs[key].astype(np.float32) for key in split.inputs}
+        source.samples = dict(split.inputs)
+        # Real examples, where the default shapes are wanted: the split has exactly those.
+        fits = all(tuple(v.shape[1:]) == split.inputs[k].shape[1:] for k, v in source.kwargs.items() if k in split.inputs)
+        if fits:
+            source.kwargs = {k: torch.from_numpy(split.inputs[k][:v.shape[0]].copy()) for k, v in source.kwargs.items()}
         return source
     if model.startswith("py:"):
         return _python(model, shapes, seed)

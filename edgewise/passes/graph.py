@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputSpec, TensorArgument
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 MADE_BY = "edgewise_pass"
@@ -21,8 +22,11 @@ class Editor:
 
     def __init__(self, program: ExportedProgram) -> None:
         self.original = program
-        self.module = copy.deepcopy(program.graph_module)
-        self.graph: fx.Graph = self.module.graph
+        self.graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        self.graph.output(self.graph.graph_copy(program.graph, copied))
+        last = next(iter(reversed(program.graph.nodes)))
+        next(iter(reversed(self.graph.nodes))).meta.update(last.meta)
         self.input_specs: list[InputSpec] = list(program.graph_signature.input_specs)
         self.constants: dict[str, Any] = dict(program.constants)
         self.fake_mode = fake_mode_of(program)
@@ -78,9 +82,8 @@ class Editor:
         signature = copy.copy(self.original.graph_signature)
         signature = type(signature)(input_specs=specs, output_specs=self._output_specs())
         self.graph.lint()
-        self.module.recompile()
         return ExportedProgram(
-            root=self.module, graph=self.graph, graph_signature=signature, state_dict=self.original.state_dict,
+            root=self.original.graph_module, graph=self.graph, graph_signature=signature, state_dict=self.original.state_dict,
             range_constraints=self.original.range_constraints, module_call_graph=self.original.module_call_graph,
             example_inputs=self.original.example_inputs, constants=self.constants,
             verifiers=self.original.verifiers)
@@ -110,7 +113,8 @@ def trace(function: Callable[..., Any], values: Sequence[Any], pre_dispatch: boo
 
     `pre_dispatch` keeps composite ops (matmul, softmax) whole.
     """
-    module = make_fx(function, pre_dispatch=pre_dispatch, tracing_mode="real")(*values)
+    with _use_lazy_graph_module(True):  # its Python code is never run, and generating it takes longer than the trace
+        module = make_fx(function, pre_dispatch=pre_dispatch, tracing_mode="real")(*values)
     module.graph.eliminate_dead_code()
     return module
 

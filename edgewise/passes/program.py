@@ -32,7 +32,8 @@ class Site:
 class Program:
     """One captured component.
 
-    `exported` is the graph as it is now; `base` the cleaned uncompressed one; `inputs` example tensors by name;
+    `exported` is the graph as it is now; `base` the cleaned uncompressed one; `inputs` example tensors by name, and `expected` what the
+    eager model gave on them (empty for a program that came without its model);
     `output_names` the names of the flat outputs; `notes` what was adjusted on the way.
     """
 
@@ -44,7 +45,7 @@ class Program:
     specs: tuple[Spec, ...] = ()
     steps: tuple[Step, ...] = ()
     notes: tuple[str, ...] = ()
-    meanings: dict[str, str] = field(default_factory=dict)
+    expected: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -68,11 +69,11 @@ class Program:
         """The program as a module, callable like the model."""
         return self.exported.module()
 
-    def with_role(self) -> Program:
-        """The same with the role of its only stream of tokens, or `model` where it has several or none."""
+    def with_role(self, **known: Any) -> Program:
+        """The same, `known` fields replaced, with the role of its only stream of tokens, or `model` where it has several or none."""
         roles = [s.role for s in self.analysis.streams]
         role = roles[0] if len(roles) == 1 else "model"
-        named = replace(self, role=role)
+        named = replace(self, role=role, **known)
         named.__dict__["analysis"] = self.analysis
         return named
 

@@ -102,6 +102,15 @@ def _softmax(graph: Graph, node: Node) -> None:
         _become(node, aten._softmax.default, (value, dimension, False))
 
 
+def _cast(graph: Graph, node: Node) -> None:
+    _become(node, aten._to_copy.default, (node.args[0],))
+    node.kwargs = {"dtype": node.meta["val"].dtype}
+
+
+def _expand(graph: Graph, node: Node) -> None:
+    _become(node, aten.expand.default, (node.args[0], list(node.meta["val"].shape)))
+
+
 def _matmul(graph: Graph, node: Node) -> None:
     # The frontend's rule for bmm is OpenVINO's MatMul, which broadcasts as matmul does.
     _become(node, aten.bmm.default, tuple(node.args))
@@ -119,4 +128,7 @@ _REWRITES: dict[Any, Callable[[Graph, Node], None]] = {
     aten.layer_norm.default: _layer_norm,
     aten.softmax.int: _softmax,
     aten.matmul.default: _matmul,
+    aten.to.dtype: _cast,
+    aten.to.dtype_layout: _cast,
+    aten.expand_as.default: _expand,
 }
