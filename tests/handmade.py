@@ -44,6 +44,11 @@ class WrittenNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.foo2
 
 
+def catch_up(value: Tensor, then: Tensor, now: Tensor) -> Tensor:
+    """Of tokens as they were `then`, those that are still there `now` (both name original tokens)."""
+    return torch.stack([v[[a.tolist().index(i) for i in b.tolist()]] for v, a, b in zip(value, then, now, strict=True)])
+
+
 def make_norm(kind: str, width: int) -> nn.Module:
     return {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "written": WrittenNorm}[kind](width)
 
@@ -190,13 +195,14 @@ class Plain(nn.Module):
                 if state is not None:
                     tables = tuple(state.side(t[None], (1,), s.prefix)[:, None] for t in tables)
             if s.skip and index == s.depth - 1:
-                skip = skips[0] if state is None else state.side(skips[0], (1,))
+                skip = skips[0] if state is None else catch_up(skips[0], then, state.origin)
                 x = block.garply(torch.cat([x, skip], dim=-1)) if s.skip == "cat" else x + skip
             if index == 1:
                 x = self.join(x, block)
             x = block(x, tables, mask, state, index)
-            if index == 0 and state is None or index == 0:
+            if index == 0:
                 skips.append(x)
+                then = None if state is None else state.origin
         x = self.thud(x)
         if state is not None:
             x = state.between("out", x)

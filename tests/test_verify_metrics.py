@@ -68,6 +68,7 @@ def test_extreme_numbers_do_not_overflow() -> None:
     assert compare(huge, -huge).cosine == pytest.approx(-1.0)
     tiny = np.array([5e-324, 0.0])
     assert compare(tiny, 2 * tiny).relative == 1.0
+    assert compare(np.array([1e-129, 0.0]), np.array([0.0, 1e180])).relative == np.finfo(float).max
     assert compare(np.float32([3e38]), np.float32([-3e38])).relative == 2.0
 
 

@@ -32,7 +32,9 @@ from edgewise.passes.legalise import Legalise
 from edgewise.passes.plan import parse_spec
 from edgewise.passes.program import Program, compress as insert
 from edgewise.targets import Target
-from edgewise.verify.ladder import Rung, judge
+from edgewise.verify import ladder
+from edgewise.verify.bundle import batched
+from edgewise.verify.ladder import Rung
 from edgewise.verify.metrics import overlap
 from edgewise.version import __version__
 
@@ -172,6 +174,11 @@ def _build(job: Job, folder: Path) -> Manifest:
     artifacts = _lower_all(job, compressed, samples, wanted, folder)
     job.step("write the bundle")
     return _manifest(job, compressed, samples, base, wanted, artifacts, folder)
+
+
+def judge(name: str, against: str, kind: ladder.Kind, reference: Outputs, value: Outputs, **known: Any) -> Rung:
+    """A rung of outputs stacked over samples. Samples count as rows of the batch, so that class scores stay a matrix."""
+    return ladder.judge(name, against, kind, batched(reference), batched(value), **known)
 
 
 def _judge_compression(job: Job, base: Outputs, wanted: Outputs) -> None:

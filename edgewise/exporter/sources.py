@@ -96,7 +96,10 @@ def _python(model: str, shapes: dict[str, tuple[int, ...]], seed: int) -> Source
     factory = getattr(package, factory_name, None)
     if factory is None:
         raise unknown(f"factory in {module_name}", factory_name, [n for n in dir(package) if not n.startswith("_")])
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise InputError(f"{model} raised {type(error).__name__}: {error}") from error
     args, kwargs = (), {}
     if isinstance(made, tuple):
         made, example = made

@@ -21,7 +21,8 @@ class Tokens:
     """All that a method may look at, at one site.
 
     tokens `(B, N, C)`; size `(B, N, 1)` or None (one each); keys `(B, N, D)` attention keys averaged over heads;
-    `attend(rows)` gives the attention `(B, heads, queries, N)` of a slice of query rows; grid is the shape of the
+    `attend(rows)` gives the attention `(B, heads, queries, N)` of a slice of query rows (there may be more of them than
+    tokens are left); grid is the shape of the
     tokens after the `protected` leading ones; `has_class` says that token 0 is a class token.
     """
 
@@ -148,7 +149,7 @@ def _topk(t: Tokens, keep: int, score: str = "auto", **_: Any) -> Reduced:
     if score == "class" and not t.has_class:
         raise ValueError("score=class needs a class token, and this model has none: use score=column")
     by_class = t.has_class if score == "auto" else score == "class"
-    rows = t.attend(slice(0, 1) if by_class else slice(t.protected, t.count))
+    rows = t.attend(slice(0, 1) if by_class else slice(t.protected, None))
     received = attention_received(rows)
     if t.length is not None:
         padding = torch.arange(t.count, device=received.device) >= t.length.reshape(-1, 1)

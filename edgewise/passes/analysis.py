@@ -1,6 +1,7 @@
 """Analysis: the streams of tokens in a graph, the sites where they may be compressed, and why others may not."""
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch.export import ExportedProgram
 from edgewise.passes.anchors import Anchor, elementwise, find_anchors
 from edgewise.passes.graph import describe, reachable, shape_of, user_inputs
 from edgewise.passes.origin import constant_prefix, grid_of
+from edgewise.passes.samples import Samples
 from edgewise.passes.symbolic import Engine
 from edgewise.passes.token_axis import Cut, Propagation, Propagator
 from edgewise.passes.token_rules import symbolic_axes
@@ -49,6 +51,11 @@ class Stream:
     out: Place | None = None
     out_is_read: bool = False
     """Whether anything after the encoder's output reads tokens besides the protected ones."""
+
+    broken: str | None = None
+    """Where tokens cannot be followed any further, and why; None if they can, to the end."""
+    piece: int = 0
+    """Which part of a broken encoder this is: parts of one encoder are fed by the first of them."""
 
     @property
     def places(self) -> list[Place]:
@@ -108,7 +115,7 @@ def _token_axis(anchor: Anchor, nodes: list[fx.Node], order: dict[fx.Node, int],
             return axis, ""
         if value is not None and symbolic_axes(value) and anchor.key_axis in symbolic_axes(value):
             reasons.append(f"it attends over {value.shape[anchor.key_axis]} of the stream's {size}")
-        elif result.refusals and size == keys:
+        elif result.refusals and size == keys and result.refusals[0].node.target not in _FEATURE_NORMS:
             refusal = result.refusals[0]
             reasons.append(f"{describe(refusal.node)}: {refusal.reason}")
     return None, reasons[0] if reasons else (
@@ -133,10 +140,14 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
         if count > max(prefix, tokens // 2):
             refusals[node] = f"it reads {count} of the {tokens} tokens by their position"
     protected = max([prefix, *(n for node, n in result.protected.items() if node not in refusals)])
+    samples = Samples(found.engine, root, axis, nodes[order[root]:], result)
+    for node, reason in samples.refusals.items():
+        refusals.setdefault(node, reason)
     grid = grid_of(root, axis, dependent)
     if grid is not None and _product(grid) != tokens - protected:
         grid = None
     stream = Stream("", _role(root, inputs), root, axis, tokens, prefix, protected, grid)
+    stream.broken = next((f"{describe(r.node)}: {r.reason}" for r in result.refusals), None)
     doomed = {node: reason for node in refusals for reason in [f"{describe(node)}: {refusals[node]}"]}
     blocked = _leading_to(doomed)
     placed = set()
@@ -148,12 +159,14 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
         if value.shape[anchor.key_axis] != symbol or symbol not in query.symbols:
             found.unplaced[anchor.index] = "it attends over a part of the tokens, or from other tokens"
             continue
-        site = _settle(anchor.joined)
+        site = _settle(anchor.joined, order)
         shape = result.values.get(site)
         axes = [d for d, n in enumerate(shape.shape) if n == symbol] if shape is not None else []
         if len(axes) != 1:
             found.unplaced[anchor.index] = f"{describe(site)}: the residual stream has no token axis of its own here"
             continue
+        if (mixed := samples.refuse_anchor(anchor, site, axes[0])) is not None:
+            blocked.setdefault(site, mixed)
         stream.blocks.append(_place(f"block[{len(stream.blocks)}]", site, axes[0], anchor, result, order, blocked))
     if stream.blocks:
         last = stream.blocks[-1]
@@ -181,17 +194,54 @@ def _place(name: str, node: fx.Node, axis: int, anchor: Anchor, result: Propagat
     return Place(name, node, axis, anchor, tuple(names), blocked.get(node))
 
 
-def _settle(node: fx.Node) -> fx.Node:
+def _settle(node: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
     """From the attention's residual addition to the value that the MLP and its residual both read: past the norm of a
-    post-norm block, and past the MLP's addition of a parallel block."""
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        norm = user.target in (aten.layer_norm.default, aten.rms_norm.default)
-        joins = user.target is aten.add.Tensor and len(user.all_input_nodes) == 2
-        if not (norm or joins) or shape_of(user) != shape_of(node):
+    post-norm block, or past the MLP's addition of a parallel block."""
+    alone = node
+    while len(alone.users) == 1:
+        user = next(iter(alone.users))
+        if not (user.target is aten.add.Tensor and len(user.all_input_nodes) == 2) or shape_of(user) != shape_of(node):
             break
-        node = user
+        alone = user
+    return alone if alone is not node else _past_norm(node, order)
+
+
+def _past_norm(node: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
+    """The norm that alone reads a value, in one node or spelled out, with its weight and bias; else the value."""
+    region, heap = {node}, [(order[user], user) for user in node.users]
+    heapq.heapify(heap)
+    normalises = False
+    while heap and len(region) < _NORM_NODES:
+        _, user = heapq.heappop(heap)
+        heap = [entry for entry in heap if entry[1] is not user]
+        own = all(n in region or n.op == "placeholder" for n in user.all_input_nodes)
+        norm = user.target in (aten.layer_norm.default, aten.rms_norm.default)
+        reduces = user.target in _REDUCTIONS and shape_of(user)[:-1] == shape_of(node)[:-1]
+        if not own or not (norm or reduces or elementwise(user)):
+            return node
+        normalises |= norm or reduces
+        if not heap and shape_of(user) == shape_of(node):
+            # All that reads the value goes through here. A weight and a bias may follow.
+            if not normalises:
+                return node
+            while len(user.users) == 1:
+                scaled = next(iter(user.users))
+                weights = [n for n in scaled.all_input_nodes if n is not user]
+                if scaled.target not in (aten.mul.Tensor, aten.add.Tensor) or len(weights) != 1 \
+                        or weights[0].op != "placeholder" or len(shape_of(weights[0])) > 1:
+                    break
+                user = scaled
+            return user
+        region.add(user)
+        for following in user.users:
+            heapq.heappush(heap, (order[following], following))
     return node
+
+
+_FEATURE_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+_NORM_NODES = 16
+"""More nodes than any norm that is spelled out."""
+_REDUCTIONS = {aten.mean.dim, aten.var.correction, aten.var.dim, aten.sum.dim_IntList, aten.linalg_vector_norm.default}
 
 
 def _encoder_out(last: Place, order: dict[fx.Node, int]) -> fx.Node:
@@ -199,7 +249,7 @@ def _encoder_out(last: Place, order: dict[fx.Node, int]) -> fx.Node:
     derived = reachable([last.node])
     joins = [user for user in last.node.users if user.target is aten.add.Tensor
              and all(n in derived for n in user.all_input_nodes) and shape_of(user) == shape_of(last.node)]
-    return _settle(min(joins, key=order.__getitem__)) if joins else last.node
+    return _past_norm(min(joins, key=order.__getitem__) if joins else last.node, order)
 
 
 def _leading_to(doomed: dict[fx.Node, str]) -> dict[fx.Node, str]:
@@ -231,13 +281,23 @@ def _role(root: fx.Node, inputs: list[fx.Node]) -> str:
 
 
 def _name(streams: list[Stream]) -> None:
-    """`encoder.block[i]` for the only media stream of a graph; where there are several streams, the others (or all, if
-    several carry media) are named by their role."""
-    media = [s for s in streams if s.role != "text_encoder"]
-    main = media[0] if len(media) == 1 else streams[0] if len(streams) == 1 else None
+    """`encoder.block[i]` for the only media encoder of a graph; where there are several, the others (or all, if several
+    carry media) are named by their role. The parts of a broken encoder are `encoder`, `encoder2`, ..."""
+    first: list[Stream] = []
+    fed: list[set[fx.Node]] = []
+    for stream in streams:
+        head = next((i for i, nodes in enumerate(fed) if stream.root in nodes and first[i].role == stream.role), None)
+        if head is None:
+            first.append(stream)
+            fed.append(reachable([stream.root]) if stream.broken else set())
+        else:
+            stream.piece = 1 + sum(s.piece > 0 and s.root in fed[head] for s in streams)
+    media = [s for s in first if s.role != "text_encoder"]
+    main = media[0] if len(media) == 1 else first[0] if len(first) == 1 else None
     taken: dict[str, int] = {}
     for stream in streams:
-        name = "encoder" if stream is main else stream.role
+        in_main = main is not None and (stream is main or stream.piece > 0 and stream.role == main.role)
+        name = "encoder" if in_main else stream.role
         taken[name] = taken.get(name, 0) + 1
         stream.name = name if taken[name] == 1 else f"{name}{taken[name]}"
         stream.blocks = [_renamed(stream, p) for p in stream.blocks]

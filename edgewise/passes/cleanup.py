@@ -1,7 +1,8 @@
 """Clean-up: what capture leaves in a graph that no device should run."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,11 +59,48 @@ def _decompose_einsum(editor: Editor) -> bool:
         equation, operands = node.args[0], list(node.args[1])  # type: ignore[arg-type]
         values = [n.meta["val"] for n in operands]  # type: ignore[union-attr]
         with editor.fake_mode:
-            traced = trace(lambda *x, eq=equation: aten.einsum.default(eq, list(x)), values, pre_dispatch=False)
+            product = as_matmul(equation, [tuple(v.shape) for v in values])
+            traced = (trace(product, values) if product is not None else
+                      trace(lambda *x, eq=equation: aten.einsum.default(eq, list(x)), values, pre_dispatch=False))
         with editor.graph.inserting_before(node):
             node.replace_all_uses_with(editor.inline(traced, operands, CleanUp.name, node))  # type: ignore[arg-type]
         editor.graph.erase_node(node)
     return bool(found)
+
+
+def as_matmul(equation: str, shapes: Sequence[tuple[int, ...]]) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """An einsum of two operands as one matmul with its batch dimensions apart, as attention is written.
+
+    torch's own decomposition folds them into one dimension, which hides what is batch and what is head. None where the
+    equation is no plain product with one free dimension each and one that is summed over.
+
+    >>> product = as_matmul("bhid,bhjd->bhij", [(2, 3, 4, 5), (2, 3, 6, 5)])
+    >>> tuple(product(torch.ones(2, 3, 4, 5), torch.ones(2, 3, 6, 5)).shape)
+    (2, 3, 4, 6)
+    """
+    match = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation.replace(" ", ""))
+    if match is None or len(shapes) != 2:
+        return None
+    left, right, out = match.groups()
+    sizes = [dict(zip(labels, shape)) for labels, shape in zip((left, right), shapes)]
+    batch = [label for label in out if label in left and label in right]
+    inner = [label for label in left if label in right and label not in out]
+    rows, columns = ([label for label in own if label in out and label not in other]
+                     for own, other in ((left, right), (right, left)))
+    plain = all(len(set(labels)) == len(labels) for labels in (left, right, out))
+    if not (plain and len(inner) == len(rows) == len(columns) == 1) or {*batch, *inner, *rows} != set(left) \
+            or {*batch, *inner, *columns} != set(right) or any(sizes[0][n] != sizes[1][n] for n in batch + inner):
+        return None
+
+    def permute(x: Tensor, labels: str | list[str], wanted: str | list[str]) -> Tensor:
+        order = [list(labels).index(label) for label in wanted]
+        return x if order == sorted(order) else x.permute(order)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        a, b = permute(a, left, batch + rows + inner), permute(b, right, batch + inner + columns)
+        return permute(a @ b, batch + rows + columns, out)
+
+    return product
 
 
 def _drop_no_ops(editor: Editor) -> bool:

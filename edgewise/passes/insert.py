@@ -16,12 +16,13 @@ from edgewise.ops.reduce import take
 from edgewise.ops.methods import Tokens
 from edgewise.ops.score import attention_rows
 from edgewise.passes.analysis import Stream
-from edgewise.passes.anchors import Anchor
+from edgewise.passes.anchors import Anchor, find_anchors
 from edgewise.passes.graph import Editor, describe, reachable, shape_of, source_line, trace
 from edgewise.passes.infra import Pass, PassError, PassResult
 from edgewise.passes.plan import Step
 from edgewise.passes.symbolic import Engine
 from edgewise.passes.token_axis import Cut, Propagation, Propagator, Route, set_operand
+from edgewise.passes.token_rules import symbolic_axes
 
 aten = torch.ops.aten
 
@@ -48,7 +49,7 @@ class _Level:
     kept: list[fx.Node | None] = field(default_factory=list)
     size: fx.Node | None = None
     proportional: bool = False
-    bias: dict[int, fx.Node] = field(default_factory=dict)
+    bias: dict[tuple[int, int], fx.Node] = field(default_factory=dict)
 
 
 class _Insertion:
@@ -104,7 +105,7 @@ class _Insertion:
             for route in routes.values():
                 crossed = [s for cut in self.cuts[route.from_level:route.to_level] for s in self.steps[cut.node]]
                 self._check_route(node, route, crossed)
-        self._check_causal()
+        self._check_causal(proof)
         return proof
 
     def _check_route(self, node: fx.Node, route: Route, crossed: list[Step]) -> None:
@@ -119,12 +120,12 @@ class _Insertion:
         if reason:
             raise Refused(reason, node=node.name, source=source_line(node) or None, method=crossed[0].method.name)
 
-    def _check_causal(self) -> None:
+    def _check_causal(self, proof: Propagation) -> None:
         steps = [step for steps in self.steps.values() for step in steps]
         shuffling = next((s for s in steps if not s.method.keeps_order or s.method.merges), None)
-        after = reachable([self.cuts[0].node])
-        for softmax, anchor in self.anchors.items():
-            if shuffling is not None and anchor.causal and softmax in after:
+        for anchor in find_anchors(self.editor.graph) if shuffling is not None else []:
+            softmax = anchor.softmax
+            if anchor.causal and symbolic_axes(proof.values.get(softmax)):
                 raise Refused("the attention is causal, and the method does not keep tokens in order", node=softmax.name,
                               source=source_line(softmax) or None, method=shuffling.method.name)
 
@@ -179,10 +180,13 @@ class _Insertion:
             for kept in self.levels[level].kept:
                 assert kept is not None, "a pooled level has no routes"
 
-                def gather(v: Tensor, k: Tensor, first: bool = level == route.from_level + 1) -> Tensor:
+                def gather(v: Tensor, k: Tensor) -> Tensor:
                     v = v.reshape([1] * (route.rank - v.ndim) + list(v.shape))
                     for axis in route.axes:
-                        v = take(v, k, axis + lead, route.prefix)
+                        if axis + lead == 0 and v.ndim > 1:  # tokens first, samples second
+                            v = take(v.transpose(0, 1), k, 1, route.prefix).transpose(0, 1)
+                        else:
+                            v = take(v, k, axis + lead, route.prefix)
                     return v
 
                 value = self._emit(gather, [value, kept], route.value)
@@ -194,11 +198,18 @@ class _Insertion:
         level = self.levels[-1]
         assert level.size is not None
         logits = softmax.args[0] if not anchor.fused else None
-        rank = 4 if anchor.fused else len(shape_of(logits))  # type: ignore[arg-type]
-        if rank not in level.bias:
-            level.bias[rank] = self._emit(lambda s: s.squeeze(-1).log().reshape(s.shape[0], *[1] * (rank - 2), s.shape[1]),
-                                          [level.size], softmax)
-        bias = level.bias[rank]
+        shape = shape_of(anchor.q) if anchor.fused else shape_of(logits)  # type: ignore[arg-type]
+        rank, lead = len(shape), shape[0]
+        if (rank, lead) not in level.bias:
+
+            def spread(size: Tensor) -> Tensor:
+                """Where batch and heads are one dimension, every head of a sample gets the bias of the sample."""
+                batch, count = size.shape[:2]
+                size = size.repeat_interleave(lead // batch, dim=0) if rank == 3 and lead > batch > 1 else size
+                return size.squeeze(-1).log().reshape(size.shape[0], *[1] * (rank - 2), count)
+
+            level.bias[rank, lead] = self._emit(spread, [level.size], softmax)
+        bias = level.bias[rank, lead]
         if anchor.fused:
             given = dict(softmax.kwargs)
             mask = softmax.args[3] if len(softmax.args) > 3 else given.pop("attn_mask", None)
@@ -233,24 +244,36 @@ class _Insertion:
               proof: Propagation) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
         """Emit one method before the node `after`; gives back tokens, sizes and the indices of kept tokens."""
         anchor, needs = step.place.anchor, step.method.needs
-        softmax = self.by_name[anchor.softmax.name]
-        q = k = mask = weights = None
+        operands: dict[str, fx.Node | None] = {"x": x, "size": level.size}
+        crossed: list[fx.Node] = []
         with self.editor.graph.inserting_before(after):
-            if "attention" in needs and not anchor.fused:
-                weights = softmax
-                if self._level_of(softmax, proof) != len(self.levels) - 2 or level.kept:
-                    raise Refused(f"the attention map of {describe(softmax)} is that of before another method",
-                                  node=softmax.name, method=step.method.name)
-            elif "attention" in needs:
+            if "attention" in needs:
+                softmax = self.by_name[anchor.softmax.name]
                 if anchor.causal:
                     raise Refused("under a causal mask early tokens receive more attention whatever they hold",
-                                  node=softmax.name, method=step.method.name)
-                q = self._scored(anchor.q, len(shape_of(anchor.q)) - 2, level, proof)
-                mask = softmax.args[3] if len(softmax.args) > 3 else None
-            if "keys" in needs or q is not None:
-                k = self._scored(anchor.k, anchor.key_axis, level, proof)
-            return self._emit(lambda *values: _reduce(step, anchor, self.stream, *values),
-                              [x, level.size, q, k, mask, weights], x, f"{Insert.name}:{step.method.name}")
+                                  node=softmax.name, source=source_line(softmax) or None, method=step.method.name)
+                if anchor.fused:
+                    given = dict(zip(("q", "k", "v", "mask"), softmax.args))
+                    operands |= {"q": given["q"], "k": given["k"], "mask": given.get("mask")}  # type: ignore[dict-item]
+                else:
+                    operands["weights"] = softmax
+                crossed = self._crossed(self._level_of(softmax, proof), level, softmax)
+            if "keys" in needs:
+                operands["keys"] = self._scored(anchor.k, anchor.key_axis, level, proof)
+            names = list(operands)
+
+            def reduce(*values: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+                return _reduce(step, anchor, self.stream, dict(zip(names, values)), values[len(names):])
+
+            return self._emit(reduce, [*operands.values(), *crossed], x, f"{Insert.name}:{step.method.name}")
+
+    def _crossed(self, start: int, level: _Level, scored: fx.Node) -> list[fx.Node]:
+        """The tokens kept at every cut between the attention that scores and the site."""
+        kept = [k for past in self.levels[start + 1:-1] for k in past.kept] + level.kept
+        if any(k is None for k in kept):
+            raise Refused("pooled tokens have no attention of their own", node=scored.name,
+                          source=source_line(scored) or None, method=self.method)
+        return kept  # type: ignore[return-value]
 
     def _level_of(self, node: fx.Node, proof: Propagation) -> int:
         value = proof.values.get(node)
@@ -264,32 +287,47 @@ class _Insertion:
         value = self._route(Route(node, (axis,), 0, self._level_of(node, proof), here, len(shape_of(node))))
         for kept in level.kept:  # methods before this one at the same site
             if kept is None:
-                raise Refused("pooled tokens have no attention of their own", node=node.name)
+                raise Refused("pooled tokens have no attention of their own", node=node.name,
+                              source=source_line(node) or None, method=self.method)
             value = self._emit(lambda v, k: take(v, k, axis, 0), [value, kept], node)
         return value
 
 
-def _reduce(step: Step, anchor: Anchor, stream: Stream, x: Tensor, size: Tensor | None, q: Tensor | None,
-            k: Tensor | None, mask: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What one step computes, in plain torch: the traced body of an insertion."""
-    axis = step.place.axis
-    tokens = _batch_first(x, axis)
-    batch, count = tokens.shape[:2]
+def _reduce(step: Step, anchor: Anchor, stream: Stream, given: dict[str, Tensor | None],
+            crossed: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What one step computes, in plain torch: the traced body of an insertion.
 
-    def heads(t: Tensor, transposed: bool) -> Tensor:
+    `given` holds the tokens `x`, their `size`, the `keys`, and the attention as `q`, `k` and `mask` or as `weights`.
+    `crossed` are the tokens that were kept since that attention ran.
+    """
+    axis, x = step.place.axis, given["x"]
+    assert x is not None
+    tokens = _batch_first(x, axis)
+    batch = tokens.shape[0]
+
+    def heads(t: Tensor, transposed: bool = False) -> Tensor:
         t = t.transpose(-1, -2) if transposed else t
         return t.reshape(batch, -1, *t.shape[-2:])
 
     def attend(rows: slice) -> Tensor:
+        weights, q, k, mask = (given.get(name) for name in ("weights", "q", "k", "mask"))
         if weights is not None:
-            return weights.reshape(batch, -1, *weights.shape[-2:])[:, :, rows]
-        assert q is not None and k is not None
-        bias = mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
-        return attention_rows(heads(q, False)[:, :, rows], heads(k, anchor.transposed_k), anchor.scale, bias)
+            attention = heads(weights)[:, :, rows]
+        else:
+            assert q is not None and k is not None
+            if mask is not None:
+                mask = mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
+                if q.ndim == 3 and mask.ndim == 3:
+                    mask = heads(mask.expand(q.shape[0], -1, -1))
+            attention = attention_rows(heads(q)[:, :, rows], heads(k, anchor.transposed_k), anchor.scale, mask)
+        for kept in crossed:
+            attention = take(attention, kept, 3, 0)
+        return attention
 
-    keys = None if k is None else heads(k, anchor.transposed_k).mean(dim=1)
+    keys = given.get("keys")
+    keys = None if keys is None else heads(keys, anchor.transposed_k).mean(dim=1)
     result = step.method.reduce(
-        Tokens(tokens, size, keys, attend, stream.grid, None, step.protected, has_class=stream.prefix > 0),
+        Tokens(tokens, given["size"], keys, attend, stream.grid, None, step.protected, has_class=stream.prefix > 0),
         keep=step.keep, **dict(step.parameters))
     return _as_before(result.tokens, x, axis), result.size, result.kept
 
@@ -298,13 +336,13 @@ def _batch_first(x: Tensor, axis: int) -> Tensor:
     """`x` as `(B, N, C)`."""
     if x.ndim == 2:
         return x.unsqueeze(0) if axis == 0 else x.t().unsqueeze(0)
-    return x if axis == 1 else x.transpose(0, 1)
+    return x if axis == 1 else x.transpose(axis, 1)
 
 
 def _as_before(tokens: Tensor, x: Tensor, axis: int) -> Tensor:
     if x.ndim == 2:
         return tokens[0] if axis == 0 else tokens[0].t()
-    return tokens if axis == 1 else tokens.transpose(0, 1)
+    return tokens if axis == 1 else tokens.transpose(axis, 1)
 
 
 def _combine(mask: Tensor, bias: Tensor) -> Tensor:
@@ -313,7 +351,5 @@ def _combine(mask: Tensor, bias: Tensor) -> Tensor:
 
 
 def _add_bias(logits: Tensor, bias: Tensor) -> Tensor:
-    if logits.shape[0] > bias.shape[0] > 1:
-        bias = bias.repeat_interleave(logits.shape[0] // bias.shape[0], dim=0)
     return logits + bias.to(logits.dtype)
 

@@ -155,6 +155,9 @@ def _places(analysis: Analysis, spec: Spec) -> tuple[Stream, list[Place]]:
 
 def _default_stream(analysis: Analysis, spec: Spec) -> Stream:
     media = [s for s in analysis.streams if s.role != "text_encoder"] or analysis.streams
+    if any(s.piece for s in media):
+        raise Refused("its attention blocks do not form one stream of tokens, which breaks at "
+                      f"{next(s.broken for s in media if s.broken)}", method=spec.method.name)
     if len(media) > 1:
         names = ", ".join(f"{spec.method.name}@{s.name}.block[*]" for s in media)
         raise InputError(f"the model has several encoders: say which one {spec.text!r} is for, as in {names}")

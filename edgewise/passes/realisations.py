@@ -71,7 +71,8 @@ def similarity(metric: Tensor, protected: int) -> Tensor:
     """Cosine similarity of the unprotected A against the unprotected B, in at least fp32. The protected are sliced away, so
     that no target has to handle infinities."""
     rows, columns = match.protected_split(protected)
-    metric = torch.nn.functional.normalize(metric.float() if metric.dtype.itemsize < 4 else metric, dim=-1)
+    metric = cast(metric, torch.promote_types(metric.dtype, torch.float32))
+    metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return metric[:, 2 * rows::2] @ metric[:, 2 * columns + 1::2].transpose(1, 2)
 
 
@@ -86,11 +87,17 @@ def positions(chosen: Tensor, rest: Tensor, partner: Tensor, count: int, protect
             partner + protected + rest.shape[1])
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in another type, with no op in the graph where it has that type."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """`x (B, N, C)` at `index (B, K)`: whole rows picked from a flat view, which runtimes do faster than an element gather."""
     batch, count, width = x.shape
-    if batch != 1:
-        index = index + count * torch.arange(batch, device=index.device)[:, None]
+    if batch == 1:
+        return x.index_select(1, index[0])
+    index = index + count * torch.arange(batch, device=index.device)[:, None]
     return x.reshape(batch * count, width).index_select(0, index.reshape(-1)).reshape(batch, -1, width)
 
 
@@ -127,28 +134,29 @@ def _(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
 def _(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
     count = x.shape[1]
     gather = one_hot(kept, count) + one_hot(into, kept.shape[1]).transpose(1, 2) @ one_hot(src, count)
-    wide = x.float() if x.dtype.itemsize < 4 else x
+    wide = cast(x, torch.float32)
     if size is None:
         total = gather.sum(-1, keepdim=True)
-        return (gather @ wide / total).to(x.dtype), total.to(x.dtype)
-    total = gather @ size.to(wide.dtype)
-    return (gather @ (wide * size) / total).to(x.dtype), total.to(x.dtype)
+        return cast(gather @ wide / total, x.dtype), cast(total, x.dtype)
+    size = cast(size, torch.float32)
+    total = gather @ size
+    return cast(gather @ (wide * size) / total, x.dtype), cast(total, x.dtype)
 
 
 @realisation("merge", TOPK)
 def _(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
-    wide = x.float() if x.dtype.itemsize < 4 else x
+    wide = cast(x, torch.float32)
     places = torch.arange(kept.shape[1], device=x.device)
-    share = (places[:, None] == into[:, None, :]).to(wide.dtype)
+    share = (places[:, None] == into[:, None, :]).to(torch.float32)
     if size is None:
         total = share.sum(-1, keepdim=True) + 1
-        return ((rows_at(wide, kept) + share @ rows_at(wide, src)) / total).to(x.dtype), total.to(x.dtype)
-    size = size.to(wide.dtype)
+        return cast((rows_at(wide, kept) + share @ rows_at(wide, src)) / total, x.dtype), cast(total, x.dtype)
+    size = cast(size, torch.float32)
     share = share * rows_at(size, src).transpose(1, 2)
     own = rows_at(size, kept)
     total = share.sum(-1, keepdim=True) + own
     tokens = rows_at(wide, kept) * (own / total) + (share / total) @ rows_at(wide, src)
-    return tokens.to(x.dtype), total.to(x.dtype)
+    return cast(tokens, x.dtype), cast(total, x.dtype)
 
 
 @realisation("take", TOPK)
@@ -197,5 +205,5 @@ def _(score: Tensor, keep: int, protected: int) -> Tensor:
 
 def finite(score: Tensor) -> Tensor:
     """Scores with NaN as the lowest, in at least fp32."""
-    score = score.float() if score.dtype.itemsize < 4 else score
+    score = cast(score, torch.promote_types(score.dtype, torch.float32))
     return torch.where(score.isnan(), -torch.inf, score)

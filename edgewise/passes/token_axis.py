@@ -221,8 +221,7 @@ class Propagator:
             if len(offsets) != 1 or len(levels) != 1:
                 raise NoRule("a side value has dimensions that count different sets of tokens")
             source = _operand(node, place)
-            captured = node.meta["val"]
-            rank = captured.ndim if elementwise(node) else len(value.shape)
+            rank = max(node.meta["val"].ndim, len(value.shape))
             routes[place] = Route(source, axes, offsets.pop(), levels.pop(), highest, rank)
             if routes[place].prefix:
                 self.result.protected[node] = max(self.result.protected.get(node, 0), routes[place].prefix)

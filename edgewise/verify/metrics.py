@@ -10,6 +10,8 @@ import numpy as np
 from edgewise.errors import InputError
 from edgewise.schema import Strict
 
+_GREATEST = float(np.finfo(np.float64).max)
+
 
 class Errors(Strict):
     """How far a value is from its reference. None: the metric has no value here.
@@ -59,7 +61,7 @@ def compare(reference: np.ndarray, value: np.ndarray) -> Errors:
     return Errors(
         finite=True,
         max_abs=_unscaled(max_abs, exponent),
-        relative=0.0 if exact else max_abs / peak_a if peak_a else None,
+        relative=0.0 if exact else min(max_abs / peak_a, _GREATEST) if peak_a else None,
         sqnr_db=None if exact or not signal or not noise else 10.0 * (math.log10(signal) - math.log10(noise)),
         cosine=_cosine(a, b, signal, power_b, exact),
         top1=top1,
@@ -117,7 +119,7 @@ def _unscaled(number: float, exponent: int) -> float:
     try:
         return math.ldexp(number, exponent)
     except OverflowError:  # the difference of two finite numbers may be above the greatest float
-        return float(np.finfo(np.float64).max)
+        return _GREATEST
 
 
 def _cosine(a: np.ndarray, b: np.ndarray, power_a: float, power_b: float, exact: bool) -> float | None:

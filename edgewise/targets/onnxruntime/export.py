@@ -32,17 +32,32 @@ def to_onnx(exported: ExportedProgram) -> onnx_ir.Model:
     The program must not write in place. Raises `InputError` if an op has no rule.
     """
     with quiet():
-        try:
+        model = None
+        for attempt in (_as_it_is, _without_views, _decomposed):
             try:
-                model = _export(_plain(exported))
-            except torch.onnx.OnnxExporterError:
+                model = _export(attempt(exported))
+                break
+            except torch.onnx.OnnxExporterError as error:
                 # An op that has no rule as it is may have one after torch's decompositions.
-                model = _export(exported)
-        except Exception as error:
-            # The exporter's own errors, and whatever torch's decompositions run into.
-            raise InputError(f"target onnxruntime cannot lower this program: {_reason(error)}") from error
+                failure = error
+        if model is None:
+            reason = _reason(failure)
+            raise InputError(f"target onnxruntime cannot lower this program: {reason}") from failure
         _clean(model)
     return model
+
+
+def _as_it_is(exported: ExportedProgram) -> ExportedProgram:
+    return _copy(exported, _Plain)
+
+
+def _without_views(exported: ExportedProgram) -> ExportedProgram:
+    # An empty table leaves all ops as they are but those that give views of their inputs, such as meshgrid.
+    return _copy(exported.run_decompositions({}), _Plain)
+
+
+def _decomposed(exported: ExportedProgram) -> ExportedProgram:
+    return _copy(exported, ExportedProgram)
 
 
 class _Plain(ExportedProgram):
@@ -52,11 +67,20 @@ class _Plain(ExportedProgram):
         return self
 
 
-def _plain(exported: ExportedProgram) -> _Plain:
-    """A copy of the program that shares its weights."""
-    return _Plain(
+def _copy(exported: ExportedProgram, kind: type[ExportedProgram]) -> ExportedProgram:
+    """A copy of the program that shares its weights, with every view turned into a reshape.
+
+    The exporter edits the graph. Its decompositions fail on a view of the output of masked attention, whose
+    strides differ from those that the program was captured with; a reshape takes any strides.
+    """
+    graph = copy.deepcopy(exported.graph)
+    for node, original in zip(graph.nodes, exported.graph.nodes, strict=True):
+        node.name = original.name  # a copy renames inputs that are called like a function of Python
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    return kind(
         root=exported.graph_module,
-        graph=copy.deepcopy(exported.graph),  # the exporter edits it
+        graph=graph,
         graph_signature=exported.graph_signature,
         state_dict=exported.state_dict,
         range_constraints=exported.range_constraints,

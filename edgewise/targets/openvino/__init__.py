@@ -20,7 +20,7 @@ class OpenVino(Target):
     description = "OpenVINO IR for Intel CPUs, GPUs and NPUs"
     suffixes = (".xml", ".bin")
     requirements = (
-        Requirement("openvino", minimum="2025.0.0", tested="2026.4.1", extra="openvino"),
+        Requirement("openvino", minimum="2026.2.0", tested="2026.4.1", extra="openvino"),
         Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
     )
     precisions = ("fp32", "fp16")

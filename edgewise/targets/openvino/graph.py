@@ -116,6 +116,19 @@ def _matmul(graph: Graph, node: Node) -> None:
     _become(node, aten.bmm.default, tuple(node.args))
 
 
+def _to(graph: Graph, node: Node) -> None:
+    dtype = node.meta["val"].dtype
+    if node.args[0].meta["val"].dtype == dtype:  # type: ignore[union-attr]
+        _identity(graph, node)
+    else:
+        _become(node, aten._to_copy.default, (node.args[0],))
+        node.kwargs = {"dtype": dtype}
+
+
+def _erase(graph: Graph, node: Node) -> None:
+    graph.erase_node(node)
+
+
 _REWRITES: dict[Any, Callable[[Graph, Node], None]] = {
     aten.reshape.default: _view,
     aten.flatten.using_ints: _view,
@@ -128,6 +141,11 @@ _REWRITES: dict[Any, Callable[[Graph, Node], None]] = {
     aten.layer_norm.default: _layer_norm,
     aten.softmax.int: _softmax,
     aten.matmul.default: _matmul,
+    aten.to.dtype: _to,
+    aten.to.dtype_layout: _to,
+    aten.to.device: _to,
+    aten.type_as.default: _to,
+    aten._assert_tensor_metadata.default: _erase,
     aten.to.dtype: _cast,
     aten.to.dtype_layout: _cast,
     aten.expand_as.default: _expand,
