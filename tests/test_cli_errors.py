@@ -63,7 +63,7 @@ def nothing_written(out: Path) -> None:
         (["export", "{tiny}:make_nan", "-o", "{out}"], ["head.weight", "NaN"]),
         (["export", "{tiny}:make", "-o", "{out}", "--input-shapes", "pixels=1x4x16x16"], ["cannot run", "1x4x16x16"]),
         (["export", "{tiny}:make", "-o", "{out}", "--input-shapes", "pixel=1x3x16x16"], ["cannot run", "pixels"]),
-        (["export", "{tiny}:make", "-o", "{out}", "--batch", "0"], ["--batch", "0 is not in the range"]),
+        (["export", "{tiny}:make", "-o", "{out}", "--batch", "0"], ["--batch"]),
         (["export", "-o", "{out}"], ["no model"]),
         (["export", "demo:digits"], ["give -o BUNDLE"]),
         (["exprot", "demo:digits"], ["unknown verb 'exprot'", "did you mean 'export'"]),
@@ -142,24 +142,27 @@ def test_a_file_in_the_place_is_never_touched(cli: Cli, tiny: str, tmp_path: Pat
     assert out.read_text() == "ten years of work"
 
 
-def test_no_room_on_the_disk(cli: Cli, tiny: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_no_room_on_the_disk(cli: Cli, tiny: str, tmp_path: Path, target: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)], capture_output=True)
     if made.returncode:
         pytest.skip("a small file system needs root")
     try:
-        cli("export", f"{tiny}:make", "-o", disk / "bundle").refused("No space left on device", "make room")
+        said = cli("export", f"{tiny}:make", "-o", disk / "bundle", "--target", target, "--no-cache")
+        said.refused("cannot write", "No space left on device", "make room")
         assert list(disk.iterdir()) == []
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_limit_on_file_size(cli: Cli, tiny: str, out: Path) -> None:
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_a_limit_on_file_size(cli: Cli, tiny: str, out: Path, target: str) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        said = cli("export", f"{tiny}:make", "-o", out, "--target", "openvino", "--quiet")
+        said = cli("export", f"{tiny}:make", "-o", out, "--target", target, "--no-cache", "--quiet")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said.refused("cannot write", "File too large")

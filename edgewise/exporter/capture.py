@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -34,7 +36,9 @@ def capture(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     with evaluating(module), quiet():
         outputs = _run(module, args, kwargs)
         try:
-            exported = torch.export.export(module, args, kwargs, strict=False)
+            # Of a graph that it cannot trace, torch prints all there is.
+            with redirect_stderr(StringIO()):
+                exported = torch.export.export(module, args, kwargs, strict=False)
         except EdgewiseError:
             raise
         except Exception as error:
@@ -152,6 +156,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without torch's warnings about tracing, which are of no use to who exports a model."""
+    disabled = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(max(disabled, logging.WARNING))
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
