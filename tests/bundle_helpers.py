@@ -46,7 +46,9 @@ def build(fill: bytes = b"weights", **changes: Any) -> Callable[[Path], Manifest
     def run(folder: Path) -> Manifest:
         (folder / "golden").mkdir()
         x = np.arange(6, dtype=np.float32).reshape(3, 1, 2)
-        save_file({"input.x": x, "output.y": x * 2, "reference.y": x * 3}, folder / f"golden/{ROLE}.safetensors")
+        save_file(
+            {"input.x": x, "output.y": x * 2, "reference.y": x * 3}, folder / f"golden/{ROLE}.safetensors"
+        )
         (folder / "recipe.yaml").write_text("model: demo:tiny\n")
         (folder / "openvino").mkdir()
         (folder / f"openvino/{ROLE}.bin").write_bytes(fill)

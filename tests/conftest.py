@@ -76,16 +76,19 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
 @pytest.fixture(scope="session")
 def shell() -> Cli:
     """Run a command line in a process of its own. `before`: Python code that runs first, `env`: added variables."""
+    import edgewise
 
     def run(*args: object, before: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> Said:
         code = f"{before}\nimport sys\nfrom edgewise.cli import main\nsys.exit(main())"
         command: Sequence[str] = [sys.executable, *(["-c", code] if before else ["-m", "edgewise.cli"])]
+        # Where the package is not installed, it is found in the folder that the tests run in.
+        path = [str(Path(edgewise.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         done = subprocess.run(
             [*command, *map(str, args)],
             capture_output=True,
             text=True,
             cwd=cwd,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **(env or {})},
             timeout=300,
             stdin=subprocess.DEVNULL,
         )

@@ -52,7 +52,11 @@ def test_a_bundle_may_be_moved(path: Path, tmp_path: Path) -> None:
 def test_what_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    for name, message in (("none", "does not exist"), ("file", "not a folder"), ("empty", "no manifest.json")):
+    for name, message in (
+        ("none", "does not exist"),
+        ("file", "not a folder"),
+        ("empty", "no manifest.json"),
+    ):
         with pytest.raises(InputError, match=message):
             Bundle.open(tmp_path / name)
 
@@ -132,7 +136,9 @@ def test_pipes_and_sockets_do_not_block(path: Path, monkeypatch: pytest.MonkeyPa
             Bundle.open(path)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "..\\outside", "C:/outside"])
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/hostname", "a/../../outside", "..\\outside", "C:/outside"]
+)
 def test_names_that_leave_the_bundle(path: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "outside").write_text("x")
     entry = {"sha256": "0" * 64, "bytes": 1}

@@ -245,7 +245,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
-    if not sys.platform.startswith("linux") or os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+    if (
+        not sys.platform.startswith("linux")
+        or os.geteuid() != 0
+        or subprocess.run(mount, capture_output=True).returncode
+    ):
         pytest.skip("needs the right to mount a small disk")
     yield place
     subprocess.run(["umount", str(place)], check=True)

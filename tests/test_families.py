@@ -15,6 +15,10 @@ from edgewise.errors import EdgewiseError
 from edgewise.passes.program import Program, compress, make_program
 
 TOLERANCE = 1e-5
+NEAR_TIES = {"whisper", "wav2vec2", "hubert", "videomae"}
+"""Merging without a class token puts the unmerged tokens in order of their similarity, so the order of hundreds of nearly
+equal numbers decides on all that follows: in single precision two right implementations differ by a swap. These are run
+in double precision, where they agree to 1e-13."""
 END = {"vit": "layernorm", "vit_classifier": "vit.layernorm", "deit_distilled": "deit.layernorm", "dinov2": "layernorm",
        "dinov2_registers": "layernorm", "siglip": "post_layernorm", "ast": "audio_spectrogram_transformer.layernorm",
        "whisper": "layer_norm", "vivit": "layernorm", "dinov3": "norm", "wav2vec2_large": "encoder.layer_norm"}
@@ -31,9 +35,11 @@ def capture(model: torch.nn.Module, inputs: dict[str, Any]) -> Program:
 
 
 @lru_cache(maxsize=1)
-def captured(name: str, small: bool) -> tuple[torch.nn.Module, dict[str, Any], Program]:
+def captured(name: str, small: bool, double: bool = False) -> tuple[torch.nn.Module, dict[str, Any], Program]:
     """The last family captured: tests of the same family follow each other."""
     model, inputs = build(name, small)
+    if double:
+        model, inputs = model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     return model, inputs, capture(model, inputs)
 
 
@@ -51,7 +57,7 @@ def eager_plan(program: Program, site: str) -> dict[int | str, list[tuple[str, i
 def error_of(name: str, small: bool, spec: str) -> tuple[float, Program, Eager]:
     """Compile, run both, and measure."""
     family = FAMILIES[name]
-    model, inputs, program = captured(name, small)
+    model, inputs, program = captured(name, small, name in NEAR_TIES and not small and spec.startswith("tome"))
     compressed = compress(program, spec)
     state = Eager(eager_plan(compressed, family.site), family.protected, family.has_class)
     with torch.no_grad():
@@ -63,12 +69,10 @@ def error_of(name: str, small: bool, spec: str) -> tuple[float, Program, Eager]:
 
 def check(family: Family, small: bool, spec: str) -> None:
     error, compressed, state = error_of(family.name, small, spec)
-    tokens = captured(family.name, small)[2].sites[0].tokens_in
+    tokens = family.tokens if not small else compressed.sites[0].tokens_in
     left = family.protected + (tokens - family.protected) // 2
     sites = [s for s in compressed.sites if s.name.startswith(family.site + ".")]
     assert sites[0].tokens_in == tokens and sites[-1].tokens_out == left
-    if not small:
-        assert tokens == family.tokens
     assert state.counts[-1] == left
     assert error < TOLERANCE, f"{family.name} {spec}: relative error {error:.3g}"
 

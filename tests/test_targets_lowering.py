@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_programs
 import torch
 from tiny_programs import CASES, Case, Unknown, case
 
@@ -32,20 +33,41 @@ def program(name: str) -> Case:
 
 def lowered(target: str, one: Case, folder: Path, precision: str = "fp32", stem: str = "m") -> list[Path]:
     return targets.get(target).lower(
-        one.exported, folder, stem, precision=precision, input_names=one.input_names, output_names=one.output_names
+        one.exported,
+        folder,
+        stem,
+        precision=precision,
+        input_names=one.input_names,
+        output_names=one.output_names,
     )
 
 
-def loaded(target: str, one: Case, folder: Path, precision: str = "fp32") -> Session:
-    return targets.get(target).load(lowered(target, one, folder, precision), threads=1)
+Artifacts = Callable[..., list[Path]]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """Files of a program on a target, made once: `artifact(target, name, precision)`."""
+
+    @functools.cache
+    def make(target: str, name: str, precision: str = "fp32") -> list[Path]:
+        return lowered(target, program(name), tmp_path_factory.mktemp(f"{target}-{name}"), precision)
+
+    return make
+
+
+def loaded(target: str, files: list[Path]) -> Session:
+    return targets.get(target).load(files, threads=1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("target", NAMES)
-def test_the_artifact_computes_the_program(target: str, name: str, precision: str, tmp_path: Path) -> None:
+def test_the_artifact_computes_the_program(
+    target: str, name: str, precision: str, artifact: Artifacts
+) -> None:
     one = program(name)
-    with loaded(target, one, tmp_path, precision) as session:
+    with loaded(target, artifact(target, name, precision)) as session:
         for info, array in zip(session.inputs, one.feeds.values(), strict=True):
             assert (info.shape, info.dtype) == (array.shape, array.dtype.name)
         assert [info.name for info in session.inputs] == one.input_names
@@ -59,14 +81,13 @@ def test_the_artifact_computes_the_program(target: str, name: str, precision: st
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("target", NAMES)
-def test_two_lowerings_are_byte_identical(target: str, precision: str, tmp_path: Path) -> None:
-    one = program("masked_block")
-    files = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        files.append([path.read_bytes() for path in lowered(target, one, tmp_path / name, precision)])
-        lowered(target, program("odd"), tmp_path / name, precision, "other")  # counters go on in between
-    assert files[0] == files[1]
+def test_two_lowerings_are_byte_identical(
+    target: str, precision: str, artifact: Artifacts, tmp_path: Path
+) -> None:
+    first = artifact(target, "block", precision)
+    artifact(target, "odd", precision)  # counters of names go on in between
+    for path in lowered(target, program("block"), tmp_path, precision):
+        assert path.read_bytes() == first[0].with_name(path.name).read_bytes()
 
 
 AGAIN = """
@@ -74,25 +95,23 @@ import sys
 sys.path[:0] = [{here!r}, {root!r}]
 from pathlib import Path
 import torch, tiny_programs
-from test_targets_lowering import lowered
-torch.manual_seed(0)
-lowered({target!r}, tiny_programs.masked_block(), Path({folder!r}))
+from test_targets_lowering import NAMES, lowered
+for target in NAMES:
+    torch.manual_seed(0)
+    lowered(target, tiny_programs.block(), Path({folder!r}))
 """
 
 
-@pytest.mark.parametrize("target", NAMES)
-def test_another_process_and_folder_give_the_same_bytes(target: str, tmp_path: Path) -> None:
+def test_another_process_and_folder_give_the_same_bytes(artifact: Artifacts, tmp_path: Path) -> None:
     here = Path(__file__).parent
-    (tmp_path / "here").mkdir()
-    (tmp_path / "there").mkdir()
-    code = AGAIN.format(here=str(here), root=str(here.parent), target=target, folder=str(tmp_path / "there"))
+    code = AGAIN.format(here=str(here), root=str(here.parent), folder=str(tmp_path))
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    torch.manual_seed(0)
-    for path in lowered(target, tiny_programs.masked_block(), tmp_path / "here"):
+    assert len(list(tmp_path.iterdir())) == 3
+    for path in [path for target in NAMES for path in artifact(target, "block")]:
         data = path.read_bytes()
-        assert data == (tmp_path / "there" / path.name).read_bytes()
-        for secret in (str(tmp_path), str(here), "site-packages", "tiny_programs", ".py"):
+        assert data == (tmp_path / path.name).read_bytes()
+        for secret in (str(path.parent), str(here), "site-packages", "tiny_programs", ".py"):
             assert secret.encode() not in data
 
 
@@ -111,7 +130,7 @@ def test_weights_that_fp16_cannot_hold_stay_finite(target: str, tmp_path: Path) 
     layer = torch.nn.Linear(32, 32)
     layer.weight.data[3, 3] = 1e6
     one = case(layer, torch.randn(1, 32))
-    with loaded(target, one, tmp_path, "fp16") as session:
+    with loaded(target, lowered(target, one, tmp_path, "fp16")) as session:
         assert np.isfinite(session.run(one.feeds)["o0"]).all()
 
 
@@ -129,7 +148,12 @@ def test_names_may_be_those_of_values_inside(target: str, tmp_path: Path) -> Non
     one = program("block")
     inner = [node.name for node in one.exported.graph.nodes if node.op == "call_function"]
     names = [inner[3], "head.weight", *inner[-2:]]
-    for input_name, *output_names in (names[:3], names[1:4], ("linear", "image", "linear_1"), ("o1", "i0", "o0")):
+    for input_name, *output_names in (
+        names[:3],
+        names[1:4],
+        ("linear", "image", "linear_1"),
+        ("o1", "i0", "o0"),
+    ):
         files = targets.get(target).lower(
             one.exported, tmp_path, "m", precision="fp32", input_names=[input_name], output_names=output_names
         )
@@ -143,7 +167,12 @@ def test_names_may_be_those_of_values_inside(target: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("target", NAMES)
 def test_wrong_names_are_refused(target: str, tmp_path: Path) -> None:
     one = program("block")
-    for inputs, outputs in ((["a"], ["b"]), (["a", "b"], ["c", "d"]), (["a"], ["b", "b"]), ([""], ["b", "c"])):
+    for inputs, outputs in (
+        (["a"], ["b"]),
+        (["a", "b"], ["c", "d"]),
+        (["a"], ["b", "b"]),
+        ([""], ["b", "c"]),
+    ):
         with pytest.raises(InputError, match=f"target {target}"):
             targets.get(target).lower(
                 one.exported, tmp_path, "m", precision="fp32", input_names=inputs, output_names=outputs
@@ -193,9 +222,9 @@ def test_lowering_says_nothing(target: str, tmp_path: Path, capfd: pytest.Captur
 
 
 @pytest.mark.parametrize("target", NAMES)
-def test_results_belong_to_the_caller(target: str, tmp_path: Path) -> None:
+def test_results_belong_to_the_caller(target: str, artifact: Artifacts) -> None:
     one = program("block")
-    with loaded(target, one, tmp_path) as session:
+    with loaded(target, artifact(target, "block")) as session:
         first = session.run(one.feeds)
         kept = first["o0"].copy()
         session.run({"i0": one.feeds["i0"] + 1})
@@ -204,8 +233,8 @@ def test_results_belong_to_the_caller(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", NAMES)
-def test_a_closed_session_says_so(target: str, tmp_path: Path) -> None:
-    session = loaded(target, program("block"), tmp_path)
+def test_a_closed_session_says_so(target: str, artifact: Artifacts) -> None:
+    session = loaded(target, artifact(target, "block"))
     session.close()
     session.close()
     with pytest.raises(InputError, match="closed"):
@@ -214,8 +243,8 @@ def test_a_closed_session_says_so(target: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", NAMES)
 @pytest.mark.parametrize("damage", ["missing", "empty", "noise", "cut"])
-def test_files_that_cannot_be_loaded(target: str, damage: str, tmp_path: Path) -> None:
-    files = lowered(target, program("block"), tmp_path)
+def test_files_that_cannot_be_loaded(target: str, damage: str, artifact: Artifacts, tmp_path: Path) -> None:
+    files = [Path(shutil.copy(path, tmp_path)) for path in artifact(target, "block")]
     if damage == "missing":
         files[0].unlink()
     else:
@@ -226,11 +255,11 @@ def test_files_that_cannot_be_loaded(target: str, damage: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("target", NAMES)
-def test_a_session_imports_no_torch(target: str, tmp_path: Path) -> None:
+def test_a_session_imports_no_torch(target: str, artifact: Artifacts, tmp_path: Path) -> None:
     from test_targets_base import imported
 
     one = program("block")
-    files = [str(path) for path in lowered(target, one, tmp_path)]
+    files = [str(path) for path in artifact(target, "block")]
     np.save(tmp_path / "x.npy", one.feeds["i0"])
     code = f"""
 import numpy, pathlib
@@ -242,15 +271,28 @@ session.placement()
     assert imported(code) == set()
 
 
-def test_openvino_reads_most_programs_without_decomposing_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvino_reads_most_programs_without_decomposing_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from edgewise.targets.openvino import graph
 
     def never(exported: object) -> None:
         raise AssertionError("decomposed")
 
     monkeypatch.setattr(graph, "decomposed", never)
-    for name in ("block", "masked_block", "merge", "odd"):
+    for name in ("block", "masked_block", "merge", "odd", "convolutions", "synonyms"):
         lowered("openvino", program(name), tmp_path)
+
+
+def test_onnx_exports_most_programs_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgewise.targets.onnxruntime import export
+
+    def never(exported: object) -> None:
+        raise AssertionError("decomposed")
+
+    monkeypatch.setattr(export, "decompose", never)
+    for name in ("merge", "synonyms"):
+        lowered("onnxruntime", program(name), tmp_path)
 
 
 def test_large_onnx_weights_go_to_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,11 +310,10 @@ def test_large_onnx_weights_go_to_a_second_file(tmp_path: Path, monkeypatch: pyt
         assert np.allclose(session.run(one.feeds)["o0"], one.expected["o0"], atol=1e-5)
 
 
-def test_streamed_onnx_is_what_protobuf_writes(tmp_path: Path) -> None:
+def test_streamed_onnx_is_what_protobuf_writes(artifact: Artifacts) -> None:
     import onnx
 
-    path = lowered("onnxruntime", program("block"), tmp_path, "fp16")[0]
-    model = onnx.load(path)
+    model = onnx.load(artifact("onnxruntime", "block", "fp16")[0])
     assert model.ParseFromString(model.SerializeToString()) == len(model.SerializeToString())
     names = [tensor.name for tensor in model.graph.initializer]
     assert len(names) == len(set(names)) > 5

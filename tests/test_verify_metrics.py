@@ -30,7 +30,13 @@ def test_the_reference_comes_first() -> None:
 
 
 def test_equal_arrays_are_exact() -> None:
-    for array in (np.arange(6.0).reshape(2, 3), np.zeros(4), np.full(3, 7.0), np.array(2.0), np.array([True])):
+    for array in (
+        np.arange(6.0).reshape(2, 3),
+        np.zeros(4),
+        np.full(3, 7.0),
+        np.array(2.0),
+        np.array([True]),
+    ):
         errors = compare(array, array)
         assert (errors.max_abs, errors.relative, errors.sqnr_db, errors.cosine) == (0.0, 0.0, None, 1.0)
 
@@ -114,7 +120,11 @@ def test_overlap_is_the_mean_jaccard_index() -> None:
 
 
 def test_overlap_needs_the_same_rows() -> None:
-    for a, b in ((np.ones((2, 3)), np.ones((3, 3))), (np.array(1), np.array(1)), (np.ones((0, 2)), np.ones((0, 2)))):
+    for a, b in (
+        (np.ones((2, 3)), np.ones((3, 3))),
+        (np.array(1), np.array(1)),
+        (np.ones((0, 2)), np.ones((0, 2))),
+    ):
         with pytest.raises(InputError):
             overlap(a, b)
 

@@ -67,21 +67,40 @@ class Merge(nn.Module):
 class Odd(nn.Module):
     """Inputs of several types, one of them unused; outputs that are given twice, are an input, or constant."""
 
-    def forward(self, x: Tensor, unused: Tensor, ids: Tensor, mask: Tensor, *, scale: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, x: Tensor, unused: Tensor, ids: Tensor, mask: Tensor, *, scale: Tensor
+    ) -> dict[str, Tensor]:
         y = F.softmax(x * scale, -1)
-        return {"y": y, "same": y, "ids": ids + 1, "x": x, "any": mask.any(), "one": torch.ones(3), "not": ~mask}
+        return {
+            "y": y,
+            "same": y,
+            "ids": ids + 1,
+            "x": x,
+            "any": mask.any(),
+            "one": torch.ones(3),
+            "not": ~mask,
+        }
 
 
 class Convolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one = nn.Conv1d(4, 6, 3, stride=2, padding=1)
-        self.two = nn.Conv2d(4, 6, (2, 3), padding="same", bias=False)
+        self.two = nn.Conv2d(4, 6, (5, 3), padding="same", dilation=(1, 2), bias=False)
         self.three = nn.Conv3d(2, 4, 2, stride=2, groups=2)
         self.drop, self.act = nn.Dropout(0.5), nn.SiLU()
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         return self.act(self.one(x)), self.drop(self.two(y)), self.three(z).unflatten(1, (2, 2)).contiguous()
+
+
+class Synonyms(nn.Module):
+    """Ops that are others by another name, as captured models have them."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        both = (x > 0) & (x < 1) | (x < -1) ^ (x > 2)
+        clipped = torch.where(both, x, -1.5) + torch.where(both, 0.25, x) + torch.where(both, 2.0, 3.0)
+        return 1 - clipped, torch.argsort(x), ids.to(torch.float32), (ids & 3) * 2, ids.type_as(x), 2 - ids
 
 
 class InPlace(nn.Module):
@@ -134,6 +153,10 @@ def convolutions() -> Case:
     return case(Convolutions(), torch.randn(1, 4, 9), torch.randn(1, 4, 5, 6), torch.randn(1, 2, 4, 4, 4))
 
 
+def synonyms() -> Case:
+    return case(Synonyms(), torch.randn(3, 4), torch.tensor([1, 6, -3]))
+
+
 def in_place() -> Case:
     return case(InPlace(), torch.randn(2, 3))
 
@@ -144,5 +167,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "merge": merge,
     "odd": odd,
     "convolutions": convolutions,
+    "synonyms": synonyms,
     "in_place": in_place,
 }

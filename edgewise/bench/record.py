@@ -100,7 +100,7 @@ class Record(Strict):
 
     format: Literal["edgewise-benchmark"] = "edgewise-benchmark"
     schema_version: Literal[1] = 1
-    edgewise_version: str | None = None
+    edgewise_version: str
     bundle_digest: str
     model: str
     compress: tuple[str, ...] = ()

@@ -10,7 +10,6 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from importlib import metadata
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from edgewise.errors import InputError
 from edgewise.targets import Session, choose, get, load, runnable
 from edgewise.verify.bundle import check, threshold
 from edgewise.verify.ladder import Rung
+from edgewise.version import __version__
 
 GREATEST_CV = 0.025
 LEAST_SAMPLES = 30
@@ -95,7 +95,7 @@ def bench(
         heat.append(host.temperature())
         measurements = [_measurement(bundle, run, runs, load_before, heat) for run in runs]
     return Record(
-        edgewise_version=_version(),
+        edgewise_version=__version__,
         bundle_digest=hashlib.sha256(dump(bundle.manifest)).hexdigest(),
         model=bundle.manifest.model.source,
         compress=bundle.manifest.compress,
@@ -194,10 +194,3 @@ def _input_digest(runs: Sequence[_Run]) -> str:
             sha256.update(f"{role} {name} {value.dtype} {value.shape}\n".encode())
             sha256.update(np.ascontiguousarray(value).tobytes())
     return sha256.hexdigest()
-
-
-def _version() -> str | None:
-    try:
-        return metadata.version("edgewise")
-    except metadata.PackageNotFoundError:  # run from a folder, not installed
-        return None

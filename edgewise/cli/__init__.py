@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from edgewise.cli import bench, export, inspect, listings, run, verify
-from edgewise.cli.screen import Result
+from edgewise.cli.screen import ReaderGone, Result
 from edgewise.errors import EdgewiseError, MissingExtra, Refused, unknown
 from edgewise.version import __version__
 
@@ -92,9 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if as_json and result.document is not None:
             print(json.dumps(result.document, indent=1, ensure_ascii=False, allow_nan=False))
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as in `edgewise methods | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _discard()
     return result.code
+
+
+def _discard() -> None:
+    """Let the interpreter flush what is left of stdout into nothing when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _result(args: list[str], debug: bool) -> Result:
@@ -110,8 +115,11 @@ def _result(args: list[str], debug: bool) -> Result:
         return Result(None, done if isinstance(done, int) else 0)
     except (KeyboardInterrupt, typer.Abort):
         return _failed("interrupted", {"kind": "Interrupted"}, INTERRUPTED)
-    except BrokenPipeError:
-        raise
+    except (ReaderGone, BrokenPipeError):
+        _discard()
+        return Result(None)
+    except SystemExit as stop:  # not ours: the code of a model may do anything
+        return _failed(f"the code of the model ended the program with {stop.code!r}", {"kind": "SystemExit"}, 2)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -182,7 +190,8 @@ def _kept_clean(as_json: bool) -> Iterator[None]:
         return
     os.dup2(2, 1)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         sys.stdout.flush()
         os.dup2(saved, 1)

@@ -45,12 +45,13 @@ class Screen:
         """Print a result for people."""
         if not self._silent:
             for part in parts:
-                self._out.print(Text(part) if isinstance(part, str) else part)
+                # Lines are not folded: a command in one can then be copied.
+                self._out.print(Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))
 
     def say(self, text: str) -> None:
         """Print a message that is no result."""
         if not self._quiet:
-            self._err.print(Text(text))
+            self._err.print(Text(text), soft_wrap=True)
 
     @contextmanager
     def progress(self) -> Iterator[Step]:
@@ -78,13 +79,22 @@ class Screen:
             yield lambda done: step(done, total, text) if bar else None
 
     def _line(self, done: int, total: int, text: str) -> None:
-        self._err.print(Text(f"[{done + 1}/{total}] {text}" if total else text))
+        self._err.print(Text(f"[{done + 1}/{total}] {text}" if total else text), soft_wrap=True)
+
+
+class ReaderGone(Exception):
+    """Whoever reads what is printed has closed it, as in `edgewise methods | head -1`."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise ReaderGone
 
 
 def _console(stream: Any) -> Console:
     # Rich takes anything that is no terminal to be 80 columns wide, and would fold the tables of every log.
     width = None if stream.isatty() or "COLUMNS" in os.environ else _LOG_WIDTH
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+    return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:

@@ -23,8 +23,10 @@ def sites(component: Component) -> Table:
 
 
 def cost(component: Component) -> str:
-    """One line: what a run of a component costs, before and after compression."""
+    """One line: what a run of a component costs, and cost before it was compressed."""
     before, after = component.flops_before, component.flops_after
+    if not component.sites:
+        return f"{component.role}: {flops(after)}, not compressed"
     change = f" ({after / before - 1:+.1%})" if before else ""
     return f"{component.role}: {flops(before)} before, {flops(after)} after compression{change}"
 

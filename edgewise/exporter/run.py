@@ -10,24 +10,31 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from edgewise.passes.graph import parameters_of, user_inputs
-from edgewise.passes.legalise import is_compression_op
+from edgewise.passes.legalise import is_compression_op, op_name
 
 Outputs = dict[str, np.ndarray]
 
 
 class Runner(fx.Interpreter):
-    """Runs a program with its own weights, or with `weights` made of them. `decisions` then holds what each selection or
-    matching kept, by node name, of the last run."""
+    """Runs a program with its own weights, or with `weights` made of them.
+
+    `decisions` holds what each selection or matching kept in the last run, by node name. With `realised` (by label, a
+    function for each compression op), every compression op is also computed by these on the values that it really gets:
+    `checked` holds the results of all runs, of the op itself and of its realisation, by label, op and output.
+    """
 
     def __init__(self, exported: ExportedProgram, output_names: tuple[str, ...],
-                 weights: Callable[[Tensor], Tensor] | None = None) -> None:
+                 weights: Callable[[Tensor], Tensor] | None = None,
+                 realised: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None) -> None:
         super().__init__(exported.graph_module, garbage_collect_values=True)
         tensors = parameters_of(exported)
         self._weights = {k: v if weights is None else weights(v) for k, v in tensors.items()}
         self._inputs = [n.name for n in user_inputs(exported)]
         self._placeholders = [n.name for n in exported.graph.nodes if n.op == "placeholder"]
         self._names = output_names
+        self._realised = dict(realised or {})
         self.decisions: dict[str, np.ndarray] = {}
+        self.checked: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Outputs:
         """Run once; gives the named outputs as arrays."""
@@ -39,10 +46,23 @@ class Runner(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        if is_compression_op(n):
+            self._check(n, value)
         if is_compression_op(n) and n.name.startswith(("bipartite_match", "top_tokens")):
             kept = value[0] if isinstance(value, (tuple, list)) else value
             self.decisions[n.name] = kept.numpy()
         return value
+
+
+    def _check(self, n: fx.Node, value: Any) -> None:
+        op = op_name(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        for label, functions in self._realised.items():
+            other = functions[op](*args, **kwargs)
+            pairs = zip(value, other) if isinstance(value, (tuple, list)) else [(value, other)]
+            for i, (ours, theirs) in enumerate(pairs):
+                results = self.checked.setdefault(label, {}).setdefault(f"{op}.{i}", [])
+                results.append((as_array(ours).ravel(), as_array(theirs).ravel()))
 
 
 def as_array(value: Tensor) -> np.ndarray:

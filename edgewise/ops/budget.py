@@ -100,30 +100,24 @@ def spread_removal(total: int, tokens: int, protected: int, blocks: int, schedul
     for weight in weights:
         before, done = round(done), done + weight * scale
         share.append(round(done) - before)
-    counts, left, carry = [], tokens, 0
-    for wanted in share:
-        merged = min(wanted + carry, max_merges(left, protected))
-        carry += wanted - merged
-        left -= merged
+    if total > _most(tokens, protected, blocks):
+        raise ValueError(f"{total} merges do not fit into {blocks} blocks of {tokens} tokens: each merges at most "
+                         "half of the unprotected tokens")
+    counts, left, owed, missing = [], tokens, total, 0
+    for block, wanted in enumerate(share):
+        merged = min(wanted + missing, max_merges(left, protected), owed)
+        missing += wanted - merged
+        # What the later blocks could not do any more has to be done here; one merge more here costs them at most one.
+        while merged + _most(left - merged, protected, blocks - block - 1) < owed:
+            merged, missing = merged + 1, missing - 1
         counts.append(merged)
-    while carry:
-        # Room at an earlier block exists only if a later one can then still do its own share: try from the last.
-        for block in reversed(range(blocks)):
-            trial = counts.copy()
-            trial[block] += 1
-            if feasible(trial, tokens, protected):
-                counts, carry = trial, carry - 1
-                break
-        else:
-            raise ValueError(f"{total} merges do not fit into {blocks} blocks of {tokens} tokens: each merges at most "
-                             "half of the unprotected tokens")
+        left, owed = left - merged, owed - merged
     return counts
 
 
-def feasible(counts: Sequence[int], tokens: int, protected: int) -> bool:
-    """Whether merging `counts` one after the other never asks for more than a matching can give."""
-    for merged in counts:
-        if merged > max_merges(tokens, protected):
-            return False
-        tokens -= merged
-    return True
+def _most(tokens: int, protected: int, blocks: int) -> int:
+    """The most tokens that `blocks` matchings one after the other can merge away."""
+    left = tokens
+    for _ in range(blocks):
+        left -= max_merges(left, protected)
+    return tokens - left

@@ -151,6 +151,7 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
     doomed = {node: reason for node in refusals for reason in [f"{describe(node)}: {refusals[node]}"]}
     blocked = _leading_to(doomed)
     placed = set()
+    unordered: str | None = None
     for anchor in found.anchors:
         value, query = result.values.get(anchor.k), result.values.get(anchor.q)
         if value is None or query is None or anchor.joined is None or symbol not in value.symbols:
@@ -165,9 +166,10 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
         if len(axes) != 1:
             found.unplaced[anchor.index] = f"{describe(site)}: the residual stream has no token axis of its own here"
             continue
-        if (mixed := samples.refuse_anchor(anchor, site, axes[0])) is not None:
-            blocked.setdefault(site, mixed)
+        unordered = unordered or samples.refuse_anchor(anchor)
         stream.blocks.append(_place(f"block[{len(stream.blocks)}]", site, axes[0], anchor, result, order, blocked))
+    if unordered is not None:  # one such attention: sizes cannot be added to its logits, nor its rows be read
+        stream.blocks = [replace(p, refused=p.refused or unordered) for p in stream.blocks]
     if stream.blocks:
         last = stream.blocks[-1]
         out = _encoder_out(last, order)
@@ -175,6 +177,7 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
         axes = [d for d, n in enumerate(shape.shape) if n == symbol] if shape is not None else []
         if len(axes) == 1:
             stream.out = _place("out", out, axes[0], last.anchor, result, order, blocked)
+            stream.out = replace(stream.out, refused=stream.out.refused or unordered)
             stream.out_is_read = any(symbolic_axes_of(result, user) or user.op == "output" for user in out.users)
         found.streams.append(stream)
     return placed | {first.index}

@@ -107,9 +107,15 @@ def _first(softmax: fx.Node, neighbours: object) -> fx.Node | None:
         seen.add(node)
         if node.target in _MATMULS:
             return node
-        if node.op == "call_function" and (elementwise(node) or node.target in _KEEP_TOKENS):
+        if node.op == "call_function" and (elementwise(node) or node.target in _KEEP_TOKENS or _moves_heads(node)):
             queue += neighbours(node)  # type: ignore[operator]
     return None
+
+
+def _moves_heads(node: fx.Node) -> bool:
+    """Whether a permute leaves the rows and columns of an attention map where they are."""
+    rank = len(shape_of(node))
+    return node.target is aten.permute.default and [d % rank for d in node.args[1]][-2:] == [rank - 2, rank - 1]  # type: ignore[union-attr, operator, misc]
 
 
 def _with_residual(anchor: Anchor, order: dict[fx.Node, int]) -> Anchor:

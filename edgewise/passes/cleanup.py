@@ -1,6 +1,7 @@
 """Clean-up: what capture leaves in a graph that no device should run."""
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten
 
-from edgewise.passes.graph import Editor, trace
+from edgewise.passes.graph import Editor, parameters_of, trace
 from edgewise.passes.infra import Pass, PassResult
 
 aten = torch.ops.aten
@@ -146,20 +147,35 @@ def _same_value(node: fx.Node) -> fx.Node | None:
 
 
 def _fold_constants(editor: Editor) -> bool:
-    """Compute what depends on neither inputs nor weights (masks and positions made of `arange`)."""
+    """Compute what depends on no input: masks and positions made of `arange`, position embeddings that are interpolated to
+    the image's size, normalised weights. Weights that are only laid out in another way stay as they are."""
     values: dict[fx.Node, Any] = {}
+    computed: dict[fx.Node, None] = {}  # in graph order, so that constants are named alike every time
+    weights = parameters_of(editor.original)
     for node in editor.graph.nodes:
-        if node.op == "call_function" and _foldable(node, values):
+        if node.op == "placeholder" and node.name in weights:
+            values[node] = weights[node.name].detach()
+        elif node.op == "call_function" and _foldable(node, values):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
+            with torch.no_grad():
+                values[node] = node.target(*args, **kwargs)
+            if node.target not in _LAYOUTS or any(n in computed for n in node.all_input_nodes):
+                computed[node] = None
     modified = False
-    for node, value in values.items():
-        if isinstance(value, Tensor) and any(user not in values for user in node.users):
+    for node in computed:
+        value = values[node]
+        if isinstance(value, Tensor) and any(user not in computed for user in node.users):
             constant = editor.add_constant(value.clone().contiguous(), node.name)
             constant.meta.update({k: v for k, v in node.meta.items() if k == "stack_trace"})
-            node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in values)
+            node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in computed)
             modified = True
     return modified
+
+
+_LAYOUTS = {aten.reshape.default, aten.view.default, aten.transpose.int, aten.permute.default, aten.t.default,
+            aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.select.int, aten.split_with_sizes.default,
+            aten.split.Tensor, aten.chunk.default, aten.unbind.int, aten.expand.default, aten.unflatten.int,
+            aten.flatten.using_ints, operator.getitem}
 
 
 def _foldable(node: fx.Node, values: dict[fx.Node, Any]) -> bool:

@@ -17,6 +17,11 @@ def is_compression_op(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "edgewise"
 
 
+def op_name(node: fx.Node) -> str:
+    """The name of a compression op, without its namespace."""
+    return str(node.target._schema.name.split("::")[1])  # type: ignore[union-attr]
+
+
 class Legalise(Pass):
     """Replace every `edgewise::*` node by plain aten, choosing for each op the first realisation in `preferences` that
     exists (`{"merge": ("topk", "sort_free"), ...}`)."""
@@ -24,7 +29,7 @@ class Legalise(Pass):
     name = "legalise"
 
     def __init__(self, preferences: Mapping[str, Sequence[str]]) -> None:
-        self.preferences = preferences
+        self.realised = {op: REALISATIONS[op][_choose(op, names)] for op, names in preferences.items()}
 
     def call(self, program: ExportedProgram) -> PassResult:
         if not any(is_compression_op(n) for n in program.graph.nodes):
@@ -35,16 +40,9 @@ class Legalise(Pass):
                 self._replace(editor, node)
         return PassResult(editor.finish(), True)
 
-    def choose(self, op: str) -> str:
-        """The name of the realisation that is used for an op."""
-        for name in self.preferences.get(op, ()):
-            if name in REALISATIONS[op]:
-                return name
-        raise KeyError(f"Target developer: no realisation of {op} among {list(self.preferences.get(op, ()))}")
-
     def _replace(self, editor: Editor, node: fx.Node) -> None:
-        op = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-        function = REALISATIONS[op][self.choose(op)]
+        op = op_name(node)
+        function = self.realised[op]
         operands = [a for a in node.args if isinstance(a, fx.Node)]
         where = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node)]
 
@@ -70,3 +68,10 @@ class Legalise(Pass):
     def ensures(self, program: ExportedProgram) -> None:
         left = [n.name for n in program.graph.nodes if is_compression_op(n)]
         assert not left, f"compression ops are left: {left}"
+
+
+def _choose(op: str, names: Sequence[str]) -> str:
+    for name in names:
+        if name in REALISATIONS[op]:
+            return name
+    raise KeyError(f"Target developer: no realisation of {op} among {list(names)}")

@@ -47,7 +47,8 @@ def parse_spec(text: str) -> Spec:
     """
     if not isinstance(text, str) or not text.strip():
         raise InputError("an empty compression spec: give METHOD[@SITE][:key=value,...], for example tome:keep=0.5")
-    head, _, tail = text.strip().partition(":")
+    # The colon between method and parameters is the first one outside of brackets: a site may be block[2:6].
+    head, tail = (*re.split(r":(?![^\[]*\])", text.strip(), maxsplit=1), "")[:2]
     name, at, site = head.partition("@")
     if name not in METHODS:
         raise unknown("method", name, METHODS)

@@ -22,6 +22,10 @@ Size = Any
 """An int or a sympy expression over token counts."""
 
 
+class SampleCount(sympy.Symbol):
+    """A number of samples. Where it was folded with something else it came first, so it comes first again."""
+
+
 @dataclass(frozen=True)
 class Abstract:
     """A tensor of which only shape and type are known; sizes may hold token counts."""
@@ -57,9 +61,9 @@ class Engine:
         self.hints: dict[sympy.Symbol, int] = {}
         self._known: dict[Any, Any] = {}
 
-    def symbol(self, name: str, hint: int) -> sympy.Symbol:
+    def symbol(self, name: str, hint: int, kind: type[sympy.Symbol] = sympy.Symbol) -> sympy.Symbol:
         """A new token count, which is `hint` in the captured model."""
-        made = sympy.Symbol(name, integer=True, positive=True)
+        made = kind(name, integer=True, positive=True)
         self.hints[made] = hint
         return made
 

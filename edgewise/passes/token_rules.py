@@ -19,7 +19,7 @@ from typing import Any
 import sympy
 import torch
 
-from edgewise.passes.symbolic import Abstract, Size, simplify
+from edgewise.passes.symbolic import Abstract, SampleCount, Size, simplify
 
 aten = torch.ops.aten
 
@@ -182,6 +182,14 @@ def _split(total: Size, group: Sequence[Size], target: list[int], hint: Callable
         where = next(i for i, n in enumerate(group) if isinstance(n, sympy.Expr))
         ahead = prod(hint(n) for n in group[:where])
         options = [(d, q) for d, q in options if prod(target[:d]) == ahead]
+        if not options and ahead == 1:
+            # (T, a) -> (b * T, a / b): what follows the tokens is cut, and a piece of it is folded into them.
+            first = next(d for d, n in enumerate(target) if n != 1)
+            quotient = sympy.cancel(total / (prod(target) // target[first]))
+            if sympy.cancel(quotient / group[where]).is_Integer:
+                options = [(first, simplify(quotient))]
+    if len(options) > 1 and all(isinstance(s, SampleCount) for s in total.free_symbols):
+        options = options[:1]
     if len(options) != 1:
         sizes = " x ".join(map(str, target))
         reason = "splits the tokens into a grid of" if not options else "could mean two different things for"

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from edgewise.errors import InputError
 from edgewise.targets.program import quiet
+from edgewise.targets.rewrite import decompose, simplify
 
 # 20 is the first opset with Gelu as one op. What later opsets add is not read by all runtimes of the last
 # years.
@@ -33,7 +34,7 @@ def to_onnx(exported: ExportedProgram) -> onnx_ir.Model:
     """
     with quiet():
         model = None
-        for attempt in (_as_it_is, _without_views, _decomposed):
+        for attempt in (_as_it_is, _without_composites, _by_the_exporter):
             try:
                 model = _export(attempt(exported))
                 break
@@ -51,12 +52,11 @@ def _as_it_is(exported: ExportedProgram) -> ExportedProgram:
     return _copy(exported, _Plain)
 
 
-def _without_views(exported: ExportedProgram) -> ExportedProgram:
-    # An empty table leaves all ops as they are but those that give views of their inputs, such as meshgrid.
-    return _copy(exported.run_decompositions({}), _Plain)
+def _without_composites(exported: ExportedProgram) -> ExportedProgram:
+    return _copy(decompose(exported), _Plain)
 
 
-def _decomposed(exported: ExportedProgram) -> ExportedProgram:
+def _by_the_exporter(exported: ExportedProgram) -> ExportedProgram:
     return _copy(exported, ExportedProgram)
 
 
@@ -78,6 +78,7 @@ def _copy(exported: ExportedProgram, kind: type[ExportedProgram]) -> ExportedPro
         node.name = original.name  # a copy renames inputs that are called like a function of Python
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
+    simplify(graph)
     return kind(
         root=exported.graph_module,
         graph=graph,

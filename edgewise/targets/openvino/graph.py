@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from edgewise.targets.rewrite import arguments, become, simplify
+
 aten = torch.ops.aten
 
 
@@ -24,6 +26,7 @@ def readable(exported: torch.export.ExportedProgram) -> GraphModule:
     """
     module = exported.module(check_guards=False)
     assert isinstance(module, GraphModule)
+    simplify(module.graph)
     for node in list(module.graph.nodes):
         rewrite = _REWRITES.get(node.target)
         if rewrite is not None:
@@ -45,37 +48,13 @@ def decomposed(exported: torch.export.ExportedProgram) -> GraphModule:
     return module
 
 
-def _filled(node: Node) -> list[Any]:
-    """All arguments of a node in the order of its schema, defaults filled in."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    given = list(node.args)
-    return [
-        given[index] if index < len(given) else node.kwargs.get(argument.name, argument.default_value)
-        for index, argument in enumerate(arguments)
-    ]
-
-
-def _become(node: Node, target: Any, args: tuple[Any, ...]) -> None:
-    node.target, node.args, node.kwargs = target, args, {}
-
-
 def _view(graph: Graph, node: Node) -> None:
     # Values, not strides, count from here on: every reshape is a view.
-    _become(node, aten.view.default, (node.args[0], list(node.meta["val"].shape)))
-
-
-def _identity(graph: Graph, node: Node) -> None:
-    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-    graph.erase_node(node)
-
-
-def _dropout(graph: Graph, node: Node) -> None:
-    if not _filled(node)[2]:  # not training
-        _identity(graph, node)
+    become(node, aten.view.default, (node.args[0], list(node.meta["val"].shape)))
 
 
 def _convolution(graph: Graph, node: Node) -> None:
-    value, weight, bias, stride, padding, dilation, groups = _filled(node)
+    value, weight, bias, stride, padding, dilation, groups = arguments(node)
     dimensions = weight.meta["val"].ndim - 2
 
     def full(sizes: list[int]) -> list[int]:
@@ -83,11 +62,11 @@ def _convolution(graph: Graph, node: Node) -> None:
 
     output_padding = [0] * dimensions
     args = (value, weight, bias, full(stride), full(padding), full(dilation), False, output_padding, groups)
-    _become(node, aten.convolution.default, args)
+    become(node, aten.convolution.default, args)
 
 
 def _layer_norm(graph: Graph, node: Node) -> None:
-    value, shape, weight, bias, epsilon, _ = _filled(node)
+    value, shape, weight, bias, epsilon, _ = arguments(node)
     with graph.inserting_before(node):
         norm = graph.call_function(aten.native_layer_norm.default, (value, shape, weight, bias, epsilon))
         first = graph.call_function(operator.getitem, (norm, 0))
@@ -97,55 +76,35 @@ def _layer_norm(graph: Graph, node: Node) -> None:
 
 
 def _softmax(graph: Graph, node: Node) -> None:
-    value, dimension, dtype = _filled(node)
+    value, dimension, dtype = arguments(node)
     if dtype is None or dtype == value.meta["val"].dtype:
-        _become(node, aten._softmax.default, (value, dimension, False))
+        become(node, aten._softmax.default, (value, dimension, False))
 
 
 def _cast(graph: Graph, node: Node) -> None:
-    _become(node, aten._to_copy.default, (node.args[0],))
+    become(node, aten._to_copy.default, (node.args[0],))
     node.kwargs = {"dtype": node.meta["val"].dtype}
 
 
 def _expand(graph: Graph, node: Node) -> None:
-    _become(node, aten.expand.default, (node.args[0], list(node.meta["val"].shape)))
+    become(node, aten.expand.default, (node.args[0], list(node.meta["val"].shape)))
 
 
 def _matmul(graph: Graph, node: Node) -> None:
     # The frontend's rule for bmm is OpenVINO's MatMul, which broadcasts as matmul does.
-    _become(node, aten.bmm.default, tuple(node.args))
-
-
-def _to(graph: Graph, node: Node) -> None:
-    dtype = node.meta["val"].dtype
-    if node.args[0].meta["val"].dtype == dtype:  # type: ignore[union-attr]
-        _identity(graph, node)
-    else:
-        _become(node, aten._to_copy.default, (node.args[0],))
-        node.kwargs = {"dtype": dtype}
-
-
-def _erase(graph: Graph, node: Node) -> None:
-    graph.erase_node(node)
+    become(node, aten.bmm.default, tuple(node.args))
 
 
 _REWRITES: dict[Any, Callable[[Graph, Node], None]] = {
     aten.reshape.default: _view,
     aten.flatten.using_ints: _view,
     aten.unflatten.int: _view,
-    aten.contiguous.default: _identity,
-    aten.dropout.default: _dropout,
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
     aten.conv3d.default: _convolution,
     aten.layer_norm.default: _layer_norm,
     aten.softmax.int: _softmax,
     aten.matmul.default: _matmul,
-    aten.to.dtype: _to,
-    aten.to.dtype_layout: _to,
-    aten.to.device: _to,
-    aten.type_as.default: _to,
-    aten._assert_tensor_metadata.default: _erase,
     aten.to.dtype: _cast,
     aten.to.dtype_layout: _cast,
     aten.expand_as.default: _expand,

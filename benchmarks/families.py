@@ -1,0 +1,62 @@
+"""Every known family at its published size, exported to both targets: the errors of the artifacts against the compressed program.
+
+    python benchmarks/families.py [NAME ...] [--compress tome:keep=0.5] [--compress topk:keep=0.5]
+
+The families are those of `tests/families.py`; real weights are used where they are at hand.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import torch
+from families import FAMILIES, build
+
+import edgewise
+
+
+def row(name: str, spec: str, targets: list[str]) -> str:
+    """One line of the table: tokens, and the largest relative error of each target's artifact."""
+    model, inputs = build(name, small=False)
+    start = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = edgewise.export(model, Path(folder) / "b", example=inputs, targets=targets, compress=spec, cache=False)
+    except edgewise.EdgewiseError as error:
+        return f"| {name} | {spec} | | {type(error).__name__}: {str(error).splitlines()[0]} |"
+    manifest = bundle.manifest
+    errors = {r.name.split("/")[0]: max(e.relative or 0.0 for e in r.outputs.values())
+              for r in manifest.verification if r.kind in ("lowering", "capture")}
+    sites = manifest.components[0].sites
+    figures = ", ".join(f"{k} {v:.1e}" for k, v in errors.items())
+    return (f"| {name} | {spec} | {sites[0].tokens_in} -> {sites[-1].tokens_out} | {figures} "
+            f"({time.perf_counter() - start:.0f} s) |")
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--compress", action="append")
+    parser.add_argument("--target", action="append")
+    options = parser.parse_args()
+    print("| family | compression | tokens | largest relative error |\n|---|---|---|---|", flush=True)
+    for name in options.names or list(FAMILIES):
+        for spec in options.compress or ["tome:keep=0.5", "topk:keep=0.5"]:
+            try:
+                print(row(name, spec, options.target or ["openvino", "onnxruntime"]), flush=True)
+            except BaseException as error:  # a missing folder of weights is pytest's skip, which is no Exception
+                if not type(error).__name__ == "Skipped":
+                    raise
+                print(f"| {name} | | | {error} |", flush=True)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

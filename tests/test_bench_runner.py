@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import tiny_programs
+import torch
+from bundle_helpers import ROLE
+from rich.console import Console
+from tiny_bundles import make
+
+from edgewise.bench import Host, Latency, Record, bench, host, json_schema, runner, table
+from edgewise.bench.statistics import summarise
+from edgewise.bundle import Bundle
+from edgewise.errors import InputError
+from edgewise.verify import Rung
+
+OPENVINO, ONNXRUNTIME = f"openvino/{ROLE}/fp32", f"onnxruntime/{ROLE}/fp32"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    torch.manual_seed(0)
+    return make(tmp_path_factory.mktemp("bench") / "bundle", tiny_programs.block())
+
+
+@pytest.fixture(scope="module")
+def record(bundle: Bundle) -> Record:
+    return bench(bundle, samples=12, seconds=0.05, warmup=1, threads=1)
+
+
+def test_the_record_holds_what_was_measured(record: Record, bundle: Bundle) -> None:
+    assert [one.artifact for one in record.measurements] == [OPENVINO, ONNXRUNTIME]
+    assert (record.model, record.compress, record.skipped) == ("demo:tiny", ("tome:r=8",), {})
+    assert record.protocol.interleaved
+    assert (record.protocol.samples, record.protocol.seconds, record.protocol.threads) == (12, 0.05, 1)
+    for one in record.measurements:
+        assert one.latency is not None
+        assert one.latency.n == len(one.latency.samples_ms) >= 12
+        assert sum(one.latency.samples_ms) >= 50
+        assert one.cold_load_ms and one.warm_load_ms and one.peak_memory_bytes
+        assert one.accuracy is not None and one.accuracy.passed
+        assert [(site.tokens_in, site.tokens_out) for site in one.sites] == [(17, 9)]
+        assert one.runtime_versions.keys() == {one.target}
+        assert one.power_watts is None and one.stages is None
+    first, second = record.measurements
+    assert first.speedup is None and second.speedup is not None and second.speedup > 0
+    assert first.placement is not None and set(first.placement) == {"CPU"}
+    assert second.placement is None
+    assert first.artifact_digest != second.artifact_digest
+    # Interleaved: each artifact is run as often as the other.
+    assert len({one.latency.n for one in record.measurements if one.latency}) == 1
+
+
+def test_a_record_survives_json_and_holds_no_zero_for_unknown(record: Record) -> None:
+    text = record.model_dump_json()
+    assert Record.model_validate_json(text) == record
+    assert json.loads(text)["measurements"][0]["power_watts"] is None
+
+
+def test_the_schema_is_json_and_closed() -> None:
+    schema = json_schema()
+    json.dumps(schema)
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["schema_version"]["const"] == 1
+
+
+def test_one_target_has_no_companion(bundle: Bundle) -> None:
+    lines: list[str] = []
+    record = bench(bundle, ["openvino"], samples=2, seconds=0, warmup=0, progress=lines.append)
+    assert not record.protocol.interleaved
+    assert [one.latency.n for one in record.measurements if one.latency] == [2]
+    assert lines == [f"load {OPENVINO}", "measure"]
+
+
+def test_artifacts_take_turns(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    once = runner._Run.once
+
+    def spy(run: runner._Run) -> None:
+        order.append(run.artifact.target)
+        once(run)
+
+    monkeypatch.setattr(runner._Run, "once", spy)
+    bench(bundle, samples=3, seconds=0, warmup=0)
+    assert order == ["openvino", "onnxruntime"] * 3
+
+
+@pytest.mark.parametrize(
+    "bad", [{"samples": 0}, {"seconds": -1.0}, {"seconds": float("nan")}, {"warmup": -1}, {"threads": 0}]
+)
+def test_bad_arguments(bundle: Bundle, bad: dict[str, float]) -> None:
+    with pytest.raises(InputError):
+        bench(bundle, **bad)  # type: ignore[arg-type]
+
+
+def test_statistics_by_hand() -> None:
+    latency = summarise([0.004, 0.001, 0.003, 0.002])
+    assert latency.n == 4
+    assert latency.samples_ms == pytest.approx((4, 1, 3, 2))
+    assert (latency.mean_ms, latency.min_ms, latency.max_ms) == pytest.approx((2.5, 1, 4))
+    assert (latency.p50_ms, latency.p90_ms, latency.p99_ms) == pytest.approx((2, 4, 4))
+    assert latency.cv == pytest.approx((5 / 3) ** 0.5 / 2.5)
+    assert summarise([0.001]).cv is None
+
+
+def steady(n: int = 100, milliseconds: float = 20.0, jitter: float = 0.0) -> Latency:
+    return summarise([(milliseconds + jitter * (-1) ** number) / 1e3 for number in range(n)])
+
+
+GOOD = Rung(name="a", against="b", kind="lowering", threshold=0.1, passed=True)
+
+
+@pytest.mark.parametrize(
+    ("latency", "accuracy", "load", "validity", "reason"),
+    [
+        (steady(), GOOD, 0.2, "valid", None),
+        (steady(), GOOD, None, "valid", None),
+        (steady(29, 100), GOOD, 0.2, "semivalid", "29 samples"),
+        (steady(100, 1), GOOD, 0.2, "semivalid", "less than 1 s"),
+        (steady(jitter=1), GOOD, 0.2, "semivalid", "variation is 5.0%, above 2.5%"),
+        (steady(), GOOD, 3.0, "semivalid", "busy"),
+        (steady(), None, 0.2, "semivalid", "not checked"),
+        (steady(), GOOD.model_copy(update={"passed": None}), 0.2, "semivalid", "not checked"),
+        (
+            steady(),
+            GOOD.model_copy(update={"passed": False}),
+            0.2,
+            "invalid",
+            "differ from the golden outputs",
+        ),
+    ],
+)
+def test_validity(latency: Latency, accuracy: Rung, load: float, validity: str, reason: str | None) -> None:
+    judged, reasons = runner.judge_validity(latency, accuracy, load)
+    assert judged == validity
+    assert len(reasons) == (0 if reason is None else 1)
+    assert reason is None or reason in reasons[0]
+
+
+def test_wrong_outputs_make_a_measurement_invalid(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wrong = make(tmp_path / "wrong", tiny_programs.block(), kinds=[("openvino", "fp32")], shift=1.0)
+    one = bench(wrong, samples=2, seconds=0, warmup=0).measurements[0]
+    assert one.validity == "invalid"
+    assert "differ" in one.reasons[0]
+
+
+def test_the_table(record: Record) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(record.model_copy(update={"skipped": {"coreml/x/fp16": "not on a Mac"}})))
+    text = console.export_text()
+    for part in (OPENVINO, ONNXRUNTIME, "17 > 9", "MiB", "coreml/x/fp16: skipped, not on a Mac"):
+        assert part in text
+
+
+def test_a_table_of_unknowns_has_dashes(record: Record) -> None:
+    unknown = record.measurements[0].model_copy(
+        update={
+            "latency": None,
+            "peak_memory_bytes": None,
+            "accuracy": None,
+            "sites": (),
+            "cold_load_ms": None,
+        }
+    )
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(record.model_copy(update={"measurements": (unknown,)})))
+    row = next(line for line in console.export_text().splitlines() if OPENVINO in line)
+    assert row.count(" - ") == 10
+
+
+CPUINFO = """processor : 0
+model name\t: Fast CPU @ 3 GHz
+physical id\t: 0
+core id\t\t: 0
+
+processor : 1
+model name\t: Fast CPU @ 3 GHz
+physical id\t: 0
+core id\t\t: 0
+
+processor : 2
+physical id\t: 0
+core id\t\t: 1
+"""
+
+
+def test_the_host_from_proc() -> None:
+    assert host.cpu_name(CPUINFO) == "Fast CPU @ 3 GHz"
+    assert host.physical_cores(CPUINFO) == 2
+    assert host.physical_cores("processor : 0\n") is None
+    assert host.memory("MemTotal:  2048 kB\nMemFree: 1 kB\n") == 2048 * 1024
+    assert host.memory("") is None
+
+
+def test_the_host_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_text", lambda path: None)
+    monkeypatch.setattr(host.platform, "processor", lambda: "")
+    described = host.describe()
+    assert (described.cpu, described.cores_physical, described.memory_bytes, described.governor) == (
+        None,
+    ) * 4
+    assert described.kernel and described.python
+    assert host.peak_memory() is None or host.peak_memory() > 0  # type: ignore[operator]
+
+
+def test_this_host() -> None:
+    described = host.describe()
+    assert isinstance(described, Host)
+    assert described.cores_logical and described.cores_logical > 0

@@ -1,0 +1,128 @@
+"""Who may import whom: data flows one way, imports the other, and a device needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import edgewise
+
+PACKAGE = Path(edgewise.__file__).parent
+
+# For every part of the package, the parts that it may import: at the top of its modules or inside of functions.
+ALLOWED = {
+    "schema": set(),
+    "errors": set(),
+    "version": set(),
+    "ops": set(),
+    "passes": {"ops", "errors"},
+    "demos": {"errors"},
+    "bundle": {"errors", "schema", "verify"},
+    "verify": {"errors", "schema", "bundle", "targets"},
+    "targets": {"errors", "schema", "bundle"},
+    "bench": {"errors", "schema", "bundle", "verify", "targets", "version"},
+    "runtime": {"errors", "bundle", "targets"},
+    "exporter": {"errors", "schema", "version", "bundle", "verify", "targets", "passes", "ops", "demos"},
+    "cli": {
+        *("errors", "version", "bundle", "verify", "targets", "bench", "runtime", "demos"),
+        *("exporter", "passes", "ops"),
+    },
+}
+"""`targets` may not import `passes`: an artifact is made of a program that is plain ATen already."""
+
+HEAVY = {"torch", "transformers", "yaml", "onnx", "onnxscript", "openvino", "onnxruntime"}
+
+# Modules that make artifacts, and are imported inside of the function that does.
+MAKERS = ("ops", "passes", "exporter")
+
+
+def modules() -> Iterator[tuple[Path, str]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts != ("__init__",):
+            yield path, parts[0]
+
+
+def imports(tree: ast.AST, top_only: bool = False) -> Iterator[str]:
+    """Full names of what is imported; not of what is for type checkers only."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the layer that they reach"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING") or (top_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+            continue
+        else:
+            yield from imports(node, top_only)
+
+
+@pytest.mark.parametrize(("path", "part"), list(modules()), ids=lambda value: str(value).removeprefix(str(PACKAGE)))
+def test_imports_follow_the_layers(path: Path, part: str) -> None:
+    assert part in ALLOWED, f"{path} belongs to no layer: add it to this test and to the design"
+    for name in imports(ast.parse(path.read_text())):
+        words = name.split(".")
+        if words[0] == "edgewise" and len(words) > 1:
+            other = words[1]
+            # A name of the package itself (`from edgewise import targets`) is a module here.
+            assert other == part or other in ALLOWED[part], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("name", ["edgewise", "edgewise.bench", "edgewise.bundle", "edgewise.cli", "edgewise.demos",
+                                  "edgewise.runtime", "edgewise.targets", "edgewise.verify.bundle"])
+def test_what_a_device_imports_is_light(name: str) -> None:
+    code = f"import sys, {name}\nfound = {HEAVY!r} & set(sys.modules)\nassert not found, found"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_sessions_import_no_torch(target: str, digits: Path) -> None:
+    """Loading, running, verifying and measuring an artifact imports its runtime, and nothing that makes artifacts."""
+    code = f"""
+import sys
+import edgewise
+from edgewise.bench import bench
+from edgewise.verify.bundle import verify_bundle
+bundle = edgewise.Bundle.open({str(digits)!r})
+with edgewise.load(bundle, target={target!r}) as session:
+    session.run(bundle.golden("vision_encoder").feeds(0))
+verify_bundle(bundle, [{target!r}])
+bench(bundle, [{target!r}], samples=1, seconds=0)
+found = ({HEAVY!r} - {{{target!r}}}) & set(sys.modules)
+assert not found, found
+assert not [name for name in sys.modules if name.startswith(("edgewise.exporter", "edgewise.passes", "edgewise.ops"))]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("args", [["verify", "{digits}"], ["run", "{digits}", "--inputs", "demo:digits[0]"],
+                                  ["bench", "{digits}", "--samples", "1", "--seconds", "0"], ["targets"], ["models"],
+                                  ["sys"], ["inspect", "{digits}"], ["--version"]])
+def test_verbs_of_a_device_import_no_torch(args: list[str], digits: Path) -> None:
+    filled = [arg.replace("{digits}", str(digits)) for arg in args]
+    code = f"""
+import sys
+from edgewise.cli import main
+assert main({filled!r}) == 0
+found = {{"torch", "transformers", "onnx", "onnxscript", "yaml"}} & set(sys.modules)
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_nothing_is_unpickled() -> None:
+    """No module names pickle, and torch.load appears nowhere: weights are safetensors, or torch's restricted reader."""
+    for path, _ in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                assert (getattr(node.value, "id", None), node.attr) != ("torch", "load"), path
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
+                assert not names & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}, path
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert isinstance(node.value, ast.Constant) and node.value.value is False, path
