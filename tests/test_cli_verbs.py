@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -210,9 +211,9 @@ def test_a_reader_that_leaves_early_is_no_error(shell: Cli) -> None:
     assert said.code == 0 and "Traceback" not in said.err and "BrokenPipe" not in said.err
 
 
-def test_progress_is_a_bar_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import sys
-
+def test_progress_is_a_bar_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Screen(False, False).progress() as step:
         step(0, 2, "one")
         step(1, 2, "two")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import Cli
 
 import edgewise
 
@@ -52,23 +54,40 @@ def environment(tmp_path: Path, cache_folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize(
-    "page",
-    [page for page in PAGES if any(language in ("bash", "sh", "python") for language, _ in blocks(page))],
-    ids=lambda page: page.relative_to(ROOT).as_posix(),
-)
-def test_blocks_run(page: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_blocks_of_the_readme_run(tmp_path: Path, environment: dict[str, str]) -> None:
+    """By a real shell, with a process for each command."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    for language, text in blocks(page):
+    for language, text in blocks(ROOT / "README.md"):
         if language == "python":
             command = [sys.executable, "-c", text]
-        elif language in ("bash", "sh"):
-            command = ["bash", "-euo", "pipefail", "-c", without_installs(text)]
         else:
-            continue
+            assert language == "bash"
+            command = ["bash", "-euo", "pipefail", "-c", without_installs(text)]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES[1:] if any(language in ("bash", "python") for language, _ in blocks(page))],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
+def test_blocks_of_the_docs_run(page: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which has torch already: plain commands and nothing of a shell."""
+    monkeypatch.chdir(tmp_path)
+    for language, text in blocks(page):
+        if language == "python":
+            exec(compile(text, str(page), "exec"), {"__name__": "__main__"})
+        elif language == "bash":
+            for line in text.splitlines():
+                verb, *args = shlex.split(line)
+                assert verb == "edgewise"
+                assert not {"|", "&&", ";", ">", "<"} & set(args), f"{page}: {line} needs a shell"
+                said = cli(*args)
+                assert said.code == 0, f"{line}\n{said.err}"
+        else:
+            assert language == "text", f"{page}: a block of {language or 'no language'} is not run"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -100,7 +100,15 @@ class Synonyms(nn.Module):
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         both = (x > 0) & (x < 1) | (x < -1) ^ (x > 2)
         clipped = torch.where(both, x, -1.5) + torch.where(both, 0.25, x) + torch.where(both, 2.0, 3.0)
-        return 1 - clipped, torch.argsort(x), ids.to(torch.float32), (ids & 3) * 2, ids.type_as(x), 2 - ids
+        return (
+            1 - clipped,
+            torch.argsort(x),
+            ids.to(torch.float32),
+            (ids & 3) * 2,
+            ids.type_as(x),
+            2 - ids,
+            x[None].movedim(1, -1),
+        )
 
 
 class InPlace(nn.Module):

@@ -140,7 +140,7 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
         if count > max(prefix, tokens // 2):
             refusals[node] = f"it reads {count} of the {tokens} tokens by their position"
     protected = max([prefix, *(n for node, n in result.protected.items() if node not in refusals)])
-    samples = Samples(found.engine, root, axis, nodes[order[root]:], result)
+    samples = Samples(found.engine, root, axis, nodes[order[root]:], result, found.anchors)
     for node, reason in samples.refusals.items():
         refusals.setdefault(node, reason)
     grid = grid_of(root, axis, dependent)

@@ -18,6 +18,9 @@ from edgewise.passes.token_axis import Cut, Propagation, Propagator, Route
 from edgewise.passes.token_rules import symbolic_axes
 
 
+_MIXED = "it brings together the tokens of several samples, which keep different ones"
+
+
 class _Propagator(Propagator):
     """Values with an entry for each sample need no route: only tokens are chosen."""
 
@@ -31,7 +34,8 @@ class Samples:
     `refusals` are the nodes where samples meet although tokens are still there, or where their axis is lost.
     """
 
-    def __init__(self, engine: Engine, root: fx.Node, axis: int, nodes: Sequence[fx.Node], tokens: Propagation) -> None:
+    def __init__(self, engine: Engine, root: fx.Node, axis: int, nodes: Sequence[fx.Node], tokens: Propagation,
+                 anchors: Sequence[Anchor]) -> None:
         self.refusals: dict[fx.Node, str] = {}
         self.values: dict[fx.Node, Any] | None = None
         shape = shape_of(root)
@@ -55,8 +59,12 @@ class Samples:
             sources = [n for n in node.all_input_nodes if n in self.values]
             if any(self._runs_ahead(n, node, value, tokens) for n in sources):
                 self.refusals[node] = "it folds the samples of the batch into what comes before them"
-            if symbolic_axes(counted) and not symbolic_axes(value) and any(symbolic_axes(self.values[n]) for n in sources):
-                self.refusals[node] = "it brings together the tokens of several samples, which keep different ones"
+            lost = not symbolic_axes(value) and any(symbolic_axes(self.values[n]) for n in sources)
+            if symbolic_axes(counted) and (lost or len(symbolic_axes(value)) > 1):
+                self.refusals[node] = _MIXED
+        for anchor in anchors:
+            if anchor.key_axis in symbolic_axes(self.values.get(anchor.k)) and symbolic_axes(tokens.values.get(anchor.k)):
+                self.refusals[anchor.softmax] = _MIXED
 
     def refuse_anchor(self, anchor: Anchor) -> str | None:
         """Why an attention's queries and keys cannot be taken apart into samples; None if they can."""

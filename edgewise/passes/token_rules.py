@@ -189,7 +189,7 @@ def _split(total: Size, group: Sequence[Size], target: list[int], hint: Callable
             if sympy.cancel(quotient / group[where]).is_Integer:
                 options = [(first, simplify(quotient))]
     if len(options) > 1 and all(isinstance(s, SampleCount) for s in total.free_symbols):
-        options = options[:1]
+        options = sorted(options, key=lambda option: not option[1].is_Symbol)[:1]
     if len(options) != 1:
         sizes = " x ".join(map(str, target))
         reason = "splits the tokens into a grid of" if not options else "could mean two different things for"

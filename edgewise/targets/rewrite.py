@@ -140,6 +140,13 @@ def _argsort(graph: Graph, node: Node) -> None:
     become(node, operator.getitem, (both, 1))
 
 
+def _movedim(graph: Graph, node: Node) -> None:
+    value, source, destination = node.args
+    order = list(range(node.meta["val"].ndim))
+    order.insert(destination % len(order), order.pop(source % len(order)))  # type: ignore[operator]
+    become(node, aten.permute.default, (value, order))
+
+
 def _insert(graph: Graph, target: Any, args: tuple[Any, ...], value: Any) -> Node:
     node = graph.call_function(target, args)
     node.meta["val"] = value
@@ -148,8 +155,11 @@ def _insert(graph: Graph, target: Any, args: tuple[Any, ...], value: Any) -> Nod
 
 _OPERATORS: dict[Any, Any] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__and__.Scalar: aten.bitwise_and.Scalar,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__or__.Scalar: aten.bitwise_or.Scalar,
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+    aten.__xor__.Scalar: aten.bitwise_xor.Scalar,
 }
 
 _CONVOLUTIONS: dict[Any, Any] = {
@@ -170,6 +180,7 @@ _SIMPLE: dict[Any, Callable[[Graph, Node], None]] = {
     aten.where.Scalar: _where,
     aten.where.ScalarOther: _where,
     aten.where.ScalarSelf: _where,
+    aten.movedim.int: _movedim,
     aten.argsort.default: _argsort,
     aten.argsort.stable: _argsort,
     **dict.fromkeys(_OPERATORS, _bitwise),
