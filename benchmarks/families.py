@@ -4,6 +4,7 @@
 
 The families are those of `tests/families.py`; real weights are used where they are at hand.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,16 +28,23 @@ def row(name: str, spec: str, targets: list[str]) -> str:
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            bundle = edgewise.export(model, Path(folder) / "b", example=inputs, targets=targets, compress=spec, cache=False)
+            bundle = edgewise.export(
+                model, Path(folder) / "b", example=inputs, targets=targets, compress=spec, cache=False
+            )
     except edgewise.EdgewiseError as error:
         return f"| {name} | {spec} | | {type(error).__name__}: {str(error).splitlines()[0]} |"
     manifest = bundle.manifest
-    errors = {r.name.split("/")[0]: max(e.relative or 0.0 for e in r.outputs.values())
-              for r in manifest.verification if r.kind in ("lowering", "capture")}
+    errors = {
+        r.name.split("/")[0]: max(e.relative or 0.0 for e in r.outputs.values())
+        for r in manifest.verification
+        if r.kind in ("lowering", "capture")
+    }
     sites = manifest.components[0].sites
     figures = ", ".join(f"{k} {v:.1e}" for k, v in errors.items())
-    return (f"| {name} | {spec} | {sites[0].tokens_in} -> {sites[-1].tokens_out} | {figures} "
-            f"({time.perf_counter() - start:.0f} s) |")
+    return (
+        f"| {name} | {spec} | {sites[0].tokens_in} -> {sites[-1].tokens_out} | {figures} "
+        f"({time.perf_counter() - start:.0f} s) |"
+    )
 
 
 def main() -> None:

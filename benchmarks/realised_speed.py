@@ -5,6 +5,7 @@
 Uncompressed and compressed artifacts run in turn (A, B, A, B, ...). The promise counts matrix products, attention and
 convolutions; the compression itself counts as nothing, so that its cost shows as speed that was not realised.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,8 +27,9 @@ from edgewise.passes.program import Program
 def vit_small(size: int) -> torch.nn.Module:
     """ViT-S/16 with random weights."""
     torch.manual_seed(0)
-    config = transformers.ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536,
-                                    image_size=size)
+    config = transformers.ViTConfig(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, image_size=size
+    )
     return transformers.ViTModel(config, add_pooling_layer=False).eval()
 
 
@@ -46,20 +48,26 @@ def measure(size: int, spec: str, target: str, rounds: int) -> tuple[float, floa
     with tempfile.TemporaryDirectory() as folder:
         sessions = []
         for name, compress in (("plain", None), ("compressed", spec)):
-            bundle = edgewise.export(model, Path(folder) / name, example={"pixel_values": image}, targets=[target],
-                                     compress=compress)
+            bundle = edgewise.export(
+                model, Path(folder) / name, example={"pixel_values": image}, targets=[target], compress=compress
+            )
             sessions.append(edgewise.load(bundle, threads=1))
         feeds = {"pixel_values": np.asarray(image)}
         times: list[list[float]] = [[], []]
         for round_ in range(rounds + 3):
-            for session, taken in zip(sessions, times):
+            for session, taken in zip(sessions, times, strict=True):
                 start = time.perf_counter()
                 session.run(feeds)
                 if round_ >= 3:
                     taken.append(time.perf_counter() - start)
     plain, small = times
-    return (promised(program), statistics.median(plain) / statistics.median(small), min(plain) / min(small),
-            statistics.median(plain) * 1e3, statistics.median(small) * 1e3)
+    return (
+        promised(program),
+        statistics.median(plain) / statistics.median(small),
+        min(plain) / min(small),
+        statistics.median(plain) * 1e3,
+        statistics.median(small) * 1e3,
+    )
 
 
 def main() -> None:
@@ -69,12 +77,17 @@ def main() -> None:
     parser.add_argument("--compress", default="tome:keep=0.5")
     parser.add_argument("--target", default="openvino")
     options = parser.parse_args()
-    print("| image | promised | measured (median) | measured (min) | realised (median) | realised (min) | plain ms | compressed ms |")
+    print(
+        "| image | promised | measured (median) | measured (min) | realised (median) | realised (min) | plain ms | compressed ms |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for size in options.size or [224, 384]:
         promise, median, least, plain, small = measure(size, options.compress, options.target, options.rounds)
-        print(f"| {size} | {promise:.3f} | {median:.3f} | {least:.3f} | {median / promise:.3f} | {least / promise:.3f} "
-              f"| {plain:.1f} | {small:.1f} |", flush=True)
+        print(
+            f"| {size} | {promise:.3f} | {median:.3f} | {least:.3f} | {median / promise:.3f} | {least / promise:.3f} "
+            f"| {plain:.1f} | {small:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

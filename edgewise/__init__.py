@@ -8,6 +8,7 @@
 
 Importing the package imports no torch: names are loaded when they are first used.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -25,10 +26,18 @@ if TYPE_CHECKING:
     from edgewise.targets import Session
 
 _LAZY = {
-    "Bundle": "edgewise.bundle", "CheckFailed": "edgewise.errors", "EdgewiseError": "edgewise.errors",
-    "InputError": "edgewise.errors", "MissingExtra": "edgewise.errors", "Program": "edgewise.passes.program",
-    "Refused": "edgewise.errors", "Session": "edgewise.targets", "capture": "edgewise.exporter.capture",
-    "compress": "edgewise.passes.program", "export": "edgewise.exporter.export", "load": "edgewise.runtime",
+    "Bundle": "edgewise.bundle",
+    "CheckFailed": "edgewise.errors",
+    "EdgewiseError": "edgewise.errors",
+    "InputError": "edgewise.errors",
+    "MissingExtra": "edgewise.errors",
+    "Program": "edgewise.passes.program",
+    "Refused": "edgewise.errors",
+    "Session": "edgewise.targets",
+    "capture": "edgewise.exporter.capture",
+    "compress": "edgewise.passes.program",
+    "export": "edgewise.exporter.export",
+    "load": "edgewise.runtime",
 }
 
 __all__ = ["__version__", *_LAZY]

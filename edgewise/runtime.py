@@ -1,15 +1,22 @@
 """Load a bundle's component and run it. Needs one runtime, and no torch."""
+
 from __future__ import annotations
 
 import os
 
 from edgewise.bundle import Bundle
 from edgewise.errors import InputError
-from edgewise.targets import Session, choose, load as load_artifact, runnable
+from edgewise.targets import Session, choose, runnable
+from edgewise.targets import load as load_artifact
 
 
-def load(bundle: Bundle | str | os.PathLike[str], target: str | None = None, role: str | None = None,
-         precision: str | None = None, threads: int | None = None) -> Session:
+def load(
+    bundle: Bundle | str | os.PathLike[str],
+    target: str | None = None,
+    role: str | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
+) -> Session:
     """Load one component of a bundle as a session; `session.run({name: array})` gives `{name: array}`.
 
     Args:
@@ -22,8 +29,11 @@ def load(bundle: Bundle | str | os.PathLike[str], target: str | None = None, rol
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if role is not None:
         opened.manifest.component(role)
-    artifacts = [a for a in choose(opened, [target] if target else None)
-                 if role in (None, a.role) and precision in (None, a.precision)]
+    artifacts = [
+        a
+        for a in choose(opened, [target] if target else None)
+        if role in (None, a.role) and precision in (None, a.precision)
+    ]
     if not artifacts:
         raise InputError(f"{opened.path} has no artifact for role {role} at precision {precision}")
     return load_artifact(opened, runnable(artifacts)[0][0], threads=threads)

@@ -1,4 +1,5 @@
 """A vision transformer written by hand, with names like nothing in any library, and many ways to be unusual."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ class Block(nn.Module):
         d = width // s.heads
         groups = (self.foo1.out_features - width) // (2 * d)
         y = self.foo1(x)
-        q, k, v = (t.reshape(batch, count, -1, d).transpose(1, 2) for t in y.split([width, groups * d, groups * d], dim=-1))
+        q, k, v = (
+            t.reshape(batch, count, -1, d).transpose(1, 2) for t in y.split([width, groups * d, groups * d], dim=-1)
+        )
         bias = self.quux if s.bias else None
         if tables is not None:
             q, k = rotate(q, *tables, s.prefix), rotate(k, *tables, s.prefix)
@@ -93,29 +96,31 @@ class Block(nn.Module):
             if mask is not None:
                 extra = state.side(mask.expand(batch, 1, *mask.shape[2:]), (3,) if mask.shape[2] == 1 else (2, 3))
                 full = extra if full is None else full + extra
-            return self.bar1(state.attention(q, k, v, d ** -0.5, full).transpose(1, 2).reshape(batch, count, width))
+            return self.bar1(state.attention(q, k, v, d**-0.5, full).transpose(1, 2).reshape(batch, count, width))
         full = bias if mask is None else mask if bias is None else mask + bias
         if s.attend == "sdpa" or s.attend == "gqa":
             a = F.scaled_dot_product_attention(q, k, v, attn_mask=full, enable_gqa=s.attend == "gqa")
         elif s.attend == "sdpa3":
-            a = F.scaled_dot_product_attention(*(t.reshape(-1, count, d) for t in (q, k, v))).view(batch, s.heads, count, d)
+            a = F.scaled_dot_product_attention(*(t.reshape(-1, count, d) for t in (q, k, v))).view(
+                batch, s.heads, count, d
+            )
         elif s.attend == "einsum":
-            a = torch.einsum("bhij,bhjd->bhid", (torch.einsum("bhid,bhjd->bhij", q, k) * d ** -0.5).softmax(-1), v)
+            a = torch.einsum("bhij,bhjd->bhid", (torch.einsum("bhid,bhjd->bhij", q, k) * d**-0.5).softmax(-1), v)
         elif s.attend == "einsum_heads_first":
-            w = (torch.einsum("bhid,bhjd->hbij", q, k) * d ** -0.5).softmax(-1)
+            w = (torch.einsum("bhid,bhjd->hbij", q, k) * d**-0.5).softmax(-1)
             a = torch.einsum("hbij,bhjd->bhid", w, v)
         elif s.attend == "heads_first":
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-            a = ((q @ k.transpose(-1, -2) * d ** -0.5).softmax(-1) @ v).transpose(0, 1)
+            a = ((q @ k.transpose(-1, -2) * d**-0.5).softmax(-1) @ v).transpose(0, 1)
         elif s.attend == "bmm":
             q, k, v = (t.reshape(-1, count, d) for t in (q, k, v))
-            a = torch.bmm((torch.bmm(q, k.transpose(1, 2)) * d ** -0.5).softmax(-1), v).view(batch, s.heads, count, d)
+            a = torch.bmm((torch.bmm(q, k.transpose(1, 2)) * d**-0.5).softmax(-1), v).view(batch, s.heads, count, d)
         elif s.attend == "baddbmm":
             q, k, v = (t.reshape(-1, count, d) for t in (q, k, v))
-            logits = torch.baddbmm(bias.repeat(batch, 1, 1), q, k.transpose(1, 2), alpha=d ** -0.5)
+            logits = torch.baddbmm(bias.repeat(batch, 1, 1), q, k.transpose(1, 2), alpha=d**-0.5)
             a = torch.bmm(logits.softmax(-1), v).view(batch, s.heads, count, d)
         else:
-            logits = q @ k.transpose(-1, -2) * d ** -0.5
+            logits = q @ k.transpose(-1, -2) * d**-0.5
             if full is not None:
                 logits = logits.masked_fill(~full, -torch.inf) if full.dtype == torch.bool else logits + full
             a = logits.softmax(-1) @ v
@@ -187,6 +192,7 @@ class Plain(nn.Module):
             x = torch.cat([self.fred.expand(len(x), -1, -1), x], dim=1)
         x = x + self.plugh
         skips: list[Tensor] = []
+        then: Tensor | None = None
         mask = None if mask is None else mask[:, None, None] if s.mask == "padding" else mask[:, None]
         for index, block in enumerate(self.xyzzy):
             tables = None
@@ -195,7 +201,11 @@ class Plain(nn.Module):
                 if state is not None:
                     tables = tuple(state.side(t[None], (1,), s.prefix)[:, None] for t in tables)
             if s.skip and index == s.depth - 1:
-                skip = skips[0] if state is None else catch_up(skips[0], then, state.origin)
+                skip = (
+                    skips[0]
+                    if state is None or then is None or state.origin is None
+                    else catch_up(skips[0], then, state.origin)
+                )
                 x = block.garply(torch.cat([x, skip], dim=-1)) if s.skip == "cat" else x + skip
             if index == 1:
                 x = self.join(x, block)
@@ -213,10 +223,10 @@ class Plain(nn.Module):
         if ends == "class":
             return x[:, 0]
         if ends == "mean":
-            return x[:, self.shape.prefix:].mean(1)
+            return x[:, self.shape.prefix :].mean(1)
         if ends == "grid":
-            side = round(self.shape.tokens ** 0.5)
-            return F.avg_pool2d(x[:, self.shape.prefix:].transpose(1, 2).unflatten(2, (side, side)), 2)
+            side = round(self.shape.tokens**0.5)
+            return F.avg_pool2d(x[:, self.shape.prefix :].transpose(1, 2).unflatten(2, (side, side)), 2)
         if ends == "last":
             return x[:, -1]
         if ends == "flat":
@@ -228,7 +238,7 @@ def make(shape: Shape) -> tuple[Plain, dict[str, Tensor]]:
     torch.manual_seed(0)
     model = Plain(shape).eval().requires_grad_(False)
     for block in model.xyzzy:
-        nn.init.normal_(block.foo1.weight, std=2 * shape.width ** -0.5)
+        nn.init.normal_(block.foo1.weight, std=2 * shape.width**-0.5)
     inputs = {"x": torch.randn(shape.batch, shape.tokens, 6)}
     count = shape.tokens + shape.prefix
     if shape.mask == "bool":

@@ -4,6 +4,7 @@ Nothing here uses `edgewise`. `Eager` holds the state of one run: the sizes of t
 the block that runs now, and how many tokens every site keeps. A model's own forward is patched so that its attention
 reports to the state and its blocks call `between` and `at_end`.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 
 def tome_match(keys: Tensor, r: int, protected: int) -> tuple[list[int], dict[int, int]]:
-    """One sample's matching: `keys (N, D)`. Gives the surviving tokens in their order, and which token goes into which."""
+    """One sample's matching: `keys (N, D)`. Gives the surviving tokens in order, and which token goes into which."""
     count = len(keys)
     unit = torch.nn.functional.normalize(keys, dim=-1)
     even, odd = list(range(0, count, 2)), list(range(1, count, 2))
@@ -122,8 +123,10 @@ class Eager:
         self.counts.append(x.shape[1])
         if block != "out":
             # What `out` may still need of this block: its attention and keys, for the tokens that are left.
-            self.weights, self.keys = weights.gather(3, columns[:, None, None].expand(*weights.shape[:3], -1)), keys.gather(
-                1, columns[:, :, None].expand(-1, -1, keys.shape[2]))
+            self.weights, self.keys = (
+                weights.gather(3, columns[:, None, None].expand(*weights.shape[:3], -1)),
+                keys.gather(1, columns[:, :, None].expand(-1, -1, keys.shape[2])),
+            )
         return x
 
     def side(self, value: Tensor, axes: tuple[int, ...], prefix: int = 0) -> Tensor:
@@ -143,8 +146,15 @@ NAME = "eager_reference"
 RUN: list[Eager] = []
 
 
-def _attention_function(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
-                        scaling: float | None = None, **_: Any) -> tuple[Tensor, None]:
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     out = RUN[-1].attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask)
     return out.transpose(1, 2).contiguous(), None
 
@@ -207,17 +217,30 @@ def _beit(layer: Any, x: Tensor, site: Callable[[Tensor], Tensor], resolution: A
     return x + layer.lambda_2 * layer.mlp(layer.layernorm_after(x))
 
 
-def _dinov3(layer: Any, x: Tensor, site: Callable[[Tensor], Tensor], position_embeddings: Any = None, **_: Any) -> Tensor:
+def _dinov3(
+    layer: Any, x: Tensor, site: Callable[[Tensor], Tensor], position_embeddings: Any = None, **_: Any
+) -> Tensor:
     tables = tuple(RUN[-1].side(t[None], (1,), RUN[-1].protected)[:, None] for t in position_embeddings)
     x = site(x + layer.layer_scale1(_first(layer.attention(layer.norm1(x), position_embeddings=tables))))
     return x + layer.layer_scale2(layer.mlp(layer.norm2(x)))
 
 
 BLOCKS: dict[str, Callable[..., Tensor]] = {
-    "ViTLayer": _vit, "DeiTLayer": _vit, "ASTLayer": _vit, "VivitLayer": _vit, "Dinov2Layer": _dinov2,
-    "Dinov2WithRegistersLayer": _dinov2, "CLIPEncoderLayer": _clip, "SiglipEncoderLayer": _clip,
-    "WhisperEncoderLayer": _whisper, "Wav2Vec2EncoderLayer": _post_norm_speech, "HubertEncoderLayer": _post_norm_speech,
-    "Wav2Vec2EncoderLayerStableLayerNorm": _pre_norm_speech, "VideoMAELayer": _videomae, "Block": _kwt, "BeitLayer": _beit,
+    "ViTLayer": _vit,
+    "DeiTLayer": _vit,
+    "ASTLayer": _vit,
+    "VivitLayer": _vit,
+    "Dinov2Layer": _dinov2,
+    "Dinov2WithRegistersLayer": _dinov2,
+    "CLIPEncoderLayer": _clip,
+    "SiglipEncoderLayer": _clip,
+    "WhisperEncoderLayer": _whisper,
+    "Wav2Vec2EncoderLayer": _post_norm_speech,
+    "HubertEncoderLayer": _post_norm_speech,
+    "Wav2Vec2EncoderLayerStableLayerNorm": _pre_norm_speech,
+    "VideoMAELayer": _videomae,
+    "Block": _kwt,
+    "BeitLayer": _beit,
     "DINOv3ViTLayer": _dinov3,
 }
 
@@ -233,6 +256,7 @@ def patched(model: nn.Module, layers: str, state: Eager, end: str | None = None)
     """Run the blocks at the path `layers` by the reference. `end` is the path of the module whose output is the
     encoder's (the final norm); None: the output of the last block."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attention_function)
     stack = list(submodule(model, layers))
     restore: list[tuple[Any, str, Any]] = []
@@ -244,8 +268,9 @@ def patched(model: nn.Module, layers: str, state: Eager, end: str | None = None)
     for index, layer in enumerate(stack):
         block = BLOCKS[type(layer).__name__]
 
-        def forward(hidden_states: Tensor, *_: Any, _block: Any = block, _layer: Any = layer, _index: int = index,
-                    **known: Any) -> Any:
+        def forward(
+            hidden_states: Tensor, *_: Any, _block: Any = block, _layer: Any = layer, _index: int = index, **known: Any
+        ) -> Any:
             x = _block(_layer, hidden_states, lambda x: state.between(_index, x), **known)
             return state.between("out", x) if end is None and _index == len(stack) - 1 else x
 
@@ -271,7 +296,7 @@ def patched(model: nn.Module, layers: str, state: Eager, end: str | None = None)
 
 
 def relative_error(ours: Any, theirs: Any) -> float:
-    """max|a-b| / max|b|, the worst over all tensors of two outputs of the same structure; infinite where shapes differ."""
+    """max|a-b| / max|b|, the worst over all tensors of two outputs; infinite where their shapes differ."""
     worst = 0.0
     a, b = list(tensors(ours)), list(tensors(theirs))
     if len(a) != len(b) or not a:

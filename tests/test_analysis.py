@@ -1,4 +1,5 @@
 """Streams, sites, prefix, grid, side values and samples, as the analysis reports them."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -22,9 +23,19 @@ def program_of(**shape: Any) -> Program:
     return capture(model, inputs)
 
 
-@pytest.mark.parametrize(("name", "tokens", "grid", "prefix"), [
-    ("vit", 37, (6, 6), 1), ("deit_distilled", 38, (6, 6), 2), ("dinov2_registers", 41, (6, 6), 5), ("siglip", 36, (6, 6), 0),
-    ("ast", 52, (5, 10), 2), ("whisper", 60, (60,), 0), ("videomae", 32, (2, 4, 4), 0), ("beit", 37, (6, 6), 1)])
+@pytest.mark.parametrize(
+    ("name", "tokens", "grid", "prefix"),
+    [
+        ("vit", 37, (6, 6), 1),
+        ("deit_distilled", 38, (6, 6), 2),
+        ("dinov2_registers", 41, (6, 6), 5),
+        ("siglip", 36, (6, 6), 0),
+        ("ast", 52, (5, 10), 2),
+        ("whisper", 60, (60,), 0),
+        ("videomae", 32, (2, 4, 4), 0),
+        ("beit", 37, (6, 6), 1),
+    ],
+)
 def test_origin_of_tokens(name: str, tokens: int, grid: tuple[int, ...], prefix: int) -> None:
     analysis = captured(name, True)[2].analysis
     (stream,) = analysis.streams
@@ -50,7 +61,7 @@ def test_two_towers() -> None:
     assert {s.name: s.role for s in analysis.streams} == {"encoder": "vision_encoder", "text_encoder": "text_encoder"}
     text = next(s for s in analysis.streams if s.role == "text_encoder")
     assert "selects tokens by indices" in str(text.blocks[0].refused)
-    with pytest.raises(EdgewiseError, match="modeling_clip.py"):
+    with pytest.raises(EdgewiseError, match=r"modeling_clip.py"):
         compress(captured("clip", True)[2], "topk@text_encoder.block[1]:keep=4")
 
 
@@ -111,5 +122,25 @@ def test_samples_may_not_meet_token_by_token(how: str, refused: bool) -> None:
 def test_all_refusals_of_families_name_their_line() -> None:
     for name, family in FAMILIES.items():
         if family.refused == "part of the tokens":
-            assert "modeling_" in " ".join(str(p) for p in captured(name, True)[2].analysis.unplaced.values()) or \
-                captured(name, True)[2].analysis.unplaced
+            assert (
+                "modeling_" in " ".join(str(p) for p in captured(name, True)[2].analysis.unplaced.values())
+                or captured(name, True)[2].analysis.unplaced
+            )
+
+
+def test_a_stream_of_four_dimensions_is_refused() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(12, 36) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for f in self.layers:
+                q, k, v = f(x).chunk(3, -1)
+                x = x + nn.functional.scaled_dot_product_attention(q, k, v)
+            return x
+
+    program = capture(Deep().eval(), {"x": torch.randn(2, 3, 9, 12)})
+    for spec in ("tome:r=2", "topk:keep=4"):
+        with pytest.raises(EdgewiseError, match="4 dimensions"):
+            compress(program, spec)

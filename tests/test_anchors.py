@@ -1,4 +1,5 @@
 """Attention, found by its shape."""
+
 from __future__ import annotations
 
 from typing import Any

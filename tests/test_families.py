@@ -1,4 +1,5 @@
 """Compression of known model families at their published sizes, against an independent eager implementation."""
+
 from __future__ import annotations
 
 import re
@@ -16,12 +17,22 @@ from edgewise.passes.program import Program, compress, make_program
 
 TOLERANCE = 1e-5
 NEAR_TIES = {"whisper", "wav2vec2", "hubert", "videomae"}
-"""Merging without a class token puts the unmerged tokens in order of their similarity, so the order of hundreds of nearly
-equal numbers decides on all that follows: in single precision two right implementations differ by a swap. These are run
-in double precision, where they agree to 1e-13."""
-END = {"vit": "layernorm", "vit_classifier": "vit.layernorm", "deit_distilled": "deit.layernorm", "dinov2": "layernorm",
-       "dinov2_registers": "layernorm", "siglip": "post_layernorm", "ast": "audio_spectrogram_transformer.layernorm",
-       "whisper": "layer_norm", "vivit": "layernorm", "dinov3": "norm", "wav2vec2_large": "encoder.layer_norm"}
+"""Merging without a class token puts the unmerged tokens in order of their similarity, so the order of hundreds of
+nearly equal numbers decides on all that follows: in single precision two right implementations differ by a swap. These
+are run in double precision."""
+END = {
+    "vit": "layernorm",
+    "vit_classifier": "vit.layernorm",
+    "deit_distilled": "deit.layernorm",
+    "dinov2": "layernorm",
+    "dinov2_registers": "layernorm",
+    "siglip": "post_layernorm",
+    "ast": "audio_spectrogram_transformer.layernorm",
+    "whisper": "layer_norm",
+    "vivit": "layernorm",
+    "dinov3": "norm",
+    "wav2vec2_large": "encoder.layer_norm",
+}
 """Where the value that leaves the encoder is that of a norm behind the last block."""
 COMPILED = [name for name, f in FAMILIES.items() if f.refused is None]
 REFUSED = [name for name, f in FAMILIES.items() if f.refused is not None]
@@ -87,8 +98,9 @@ def test_equals_eager_at_published_size(case: tuple[str, int]) -> None:
     check(family, False, specs(family)[case[1]])
 
 
-@pytest.mark.parametrize("case", [(n, i) for n in COMPILED if FAMILIES[n].small for i in range(3)],
-                         ids=lambda c: f"{c[0]}-{c[1]}")
+@pytest.mark.parametrize(
+    "case", [(n, i) for n in COMPILED if FAMILIES[n].small for i in range(3)], ids=lambda c: f"{c[0]}-{c[1]}"
+)
 def test_equals_eager_when_small(case: tuple[str, int]) -> None:
     family = FAMILIES[case[0]]
     check(family, True, specs(family)[case[1]])

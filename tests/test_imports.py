@@ -53,9 +53,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide the layer that they reach"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING") or (top_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
-            continue
-        else:
+        elif not (isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING"):
             yield from imports(node)
 
 

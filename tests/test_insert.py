@@ -1,4 +1,5 @@
 """Insertion: several methods in one program, stock torch layers, and time that grows with depth alone."""
+
 from __future__ import annotations
 
 import time
@@ -30,8 +31,13 @@ TOGETHER: dict[str, list[str]] = {
     "drop_then_merge": ["topk@encoder.block[0]:keep=16", "tome@encoder.block[1:]:r=2"],
     "merge_drop_same_site": ["tome@encoder.block[1]:r=4", "topk@encoder.block[1]:keep=10"],
     "drop_merge_same_site": ["topk@encoder.block[1]:keep=20", "tome@encoder.block[1]:r=4"],
-    "interleaved": ["tome@encoder.block[0]:r=3", "topk@encoder.block[1]:keep=15", "tome@encoder.block[2]:r=2",
-                    "topk@encoder.block[3]:keep=8", "topk@encoder.out:keep=5"],
+    "interleaved": [
+        "tome@encoder.block[0]:r=3",
+        "topk@encoder.block[1]:keep=15",
+        "tome@encoder.block[2]:r=2",
+        "topk@encoder.block[3]:keep=8",
+        "topk@encoder.out:keep=5",
+    ],
     "drop_drop": ["topk@encoder.block[0,1,2,3]:keep=0.7"],
     "published_r": ["tome:r=5"],
     "not_proportional": ["tome:r=4,prop_attn=off"],
@@ -47,7 +53,8 @@ def test_composition(shape: str, specs: str) -> None:
     for step in program.steps:
         name = step.place.name
         plan.setdefault("out" if name.endswith("out") else int(name[:-1].rpartition("[")[2]), []).append(
-            (step.method.name, step.tokens_out))
+            (step.method.name, step.tokens_out)
+        )
     state = Eager(plan, model.shape.prefix, model.shape.prefix > 0, proportional=specs != "not_proportional")
     ours = program.module()(**inputs)
     model.state = state
@@ -75,8 +82,9 @@ class Stock(nn.Module):
 
     def __init__(self, batch_first: bool, norm_first: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first, norm_first=norm_first)
-                                    for _ in range(3))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first, norm_first=norm_first) for _ in range(3)
+        )
         self.batch_first, self.norm_first = batch_first, norm_first
         self.pos = nn.Parameter(torch.randn(14, 16))
         self.state: Eager | None = None
@@ -97,7 +105,7 @@ class Stock(nn.Module):
             y = self.turn(y)
             qkv = y @ layer.self_attn.in_proj_weight.T + layer.self_attn.in_proj_bias
             q, k, v = qkv.reshape(*y.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
-            out = state.attention(q, k, v, 8 ** -0.5).transpose(1, 2).flatten(2)
+            out = state.attention(q, k, v, 8**-0.5).transpose(1, 2).flatten(2)
             return self.turn(layer.self_attn.out_proj(out))
 
         def site(y: Tensor) -> Tensor:
@@ -131,8 +139,10 @@ def test_stock_layers(batch_first: bool, norm_first: bool, batch: int) -> None:
     for spec in ("tome:keep=0.5", "topk:keep=0.5", "topk@encoder.block[1]:keep=0.5"):
         compressed = compress(program, spec)
         assert compressed.sites[-1].tokens_out == 7
-        plan = {("out" if s.place.name.endswith("out") else int(s.place.name[-2])): [(s.method.name, s.tokens_out)]
-                for s in compressed.steps}
+        plan = {
+            ("out" if s.place.name.endswith("out") else int(s.place.name[-2])): [(s.method.name, s.tokens_out)]
+            for s in compressed.steps
+        }
         model.state = Eager(plan, 0, False)
         theirs = model(**inputs)
         model.state = None

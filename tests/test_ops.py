@@ -1,4 +1,5 @@
 """Every op of `edgewise.ops` against loops in NumPy, on random and on adversarial inputs."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -73,10 +74,18 @@ def test_match_and_merge(protected: int, count: int, ties: bool) -> None:
             np.testing.assert_array_equal(sizes[b], weight)
 
 
-@pytest.mark.parametrize("metric", [
-    torch.zeros(1, 10, 4), torch.ones(1, 10, 4), torch.full((1, 10, 4), 6e4, dtype=torch.float16),
-    torch.full((1, 10, 4), 1e-7, dtype=torch.float16), torch.full((1, 10, 4), torch.nan),
-    torch.full((1, 10, 4), 1e30), torch.randn(1, 10, 4).bfloat16()])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        torch.zeros(1, 10, 4),
+        torch.ones(1, 10, 4),
+        torch.full((1, 10, 4), 6e4, dtype=torch.float16),
+        torch.full((1, 10, 4), 1e-7, dtype=torch.float16),
+        torch.full((1, 10, 4), torch.nan),
+        torch.full((1, 10, 4), 1e30),
+        torch.randn(1, 10, 4).bfloat16(),
+    ],
+)
 @pytest.mark.parametrize("protected", [0, 1, 2, 5])
 def test_match_keeps_its_count_whatever_it_is_given(metric: torch.Tensor, protected: int) -> None:
     r = max_merges(10, protected)
@@ -90,9 +99,16 @@ def test_match_keeps_its_count_whatever_it_is_given(metric: torch.Tensor, protec
         assert tokens.dtype == torch.float16 and bool((tokens == 6e4).all()) and float(size.sum()) == 10
 
 
-@pytest.mark.parametrize("score", [
-    torch.tensor([[3.0, 1, 2, 2, 1, 2]]), torch.zeros(1, 6), torch.full((1, 6), torch.nan),
-    torch.tensor([[0, torch.nan, 1, torch.inf, -torch.inf, 1]]), torch.tensor([[6e4, 6e4, 1, 0, 2, 6e4]]).half()])
+@pytest.mark.parametrize(
+    "score",
+    [
+        torch.tensor([[3.0, 1, 2, 2, 1, 2]]),
+        torch.zeros(1, 6),
+        torch.full((1, 6), torch.nan),
+        torch.tensor([[0, torch.nan, 1, torch.inf, -torch.inf, 1]]),
+        torch.tensor([[6e4, 6e4, 1, 0, 2, 6e4]]).half(),
+    ],
+)
 @pytest.mark.parametrize("protected", [0, 1, 2, 5])
 def test_top_tokens(score: torch.Tensor, protected: int) -> None:
     values = score[0].double().nan_to_num(nan=-np.inf, posinf=np.inf, neginf=-np.inf).tolist()
@@ -127,7 +143,9 @@ def test_take() -> None:
 @pytest.mark.parametrize("bias", [None, "float", "bool"])
 def test_attention_rows(bias: str | None) -> None:
     q, k = torch.randn(2, 4, 3, 8, dtype=torch.float64), torch.randn(2, 2, 9, 8, dtype=torch.float64)
-    mask = None if bias is None else torch.randn(2, 1, 3, 9).double() if bias == "float" else torch.rand(2, 1, 3, 9) > 0.4
+    mask = (
+        None if bias is None else torch.randn(2, 1, 3, 9).double() if bias == "float" else torch.rand(2, 1, 3, 9) > 0.4
+    )
     rows = attention_rows(q, k, 0.5, mask)
     for b in range(2):
         for h in range(4):
@@ -152,12 +170,20 @@ def test_registration() -> None:
     torch.library.opcheck(torch.ops.edgewise.take, (x, kept, 1, 0), test_utils=tests)
     torch.library.opcheck(torch.ops.edgewise.take, (x[:1, 1:], kept, 1, 1), test_utils=tests)
     torch.library.opcheck(torch.ops.edgewise.merge, (x, None, kept, src, into), test_utils=tests)
-    torch.library.opcheck(torch.ops.edgewise.merge, (x.half(), torch.ones(2, 11, 1).half(), kept, src, into), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.edgewise.merge, (x.half(), torch.ones(2, 11, 1).half(), kept, src, into), test_utils=tests
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(count=st.integers(2, 24), protected=st.integers(0, 5), batch=st.integers(1, 3), seed=st.integers(0, 99),
-       ties=st.booleans(), data=st.data())
+@given(
+    count=st.integers(2, 24),
+    protected=st.integers(0, 5),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    ties=st.booleans(),
+    data=st.data(),
+)
 def test_invariants_of_merging(count: int, protected: int, batch: int, seed: int, ties: bool, data: Any) -> None:
     protected = min(protected, count - 1)
     r = data.draw(st.integers(0, max_merges(count, protected)))
@@ -176,13 +202,18 @@ def test_invariants_of_merging(count: int, protected: int, batch: int, seed: int
         assert torch.equal(out.tokens[b, :protected], x[b, :protected])
         if protected:
             half = sum(1 for k in kept[protected:] if k % 2 == 0)
-            assert all(k % 2 == 0 for k in kept[protected:protected + half])
-            assert kept[protected:protected + half] == sorted(kept[protected:protected + half])
+            assert all(k % 2 == 0 for k in kept[protected : protected + half])
+            assert kept[protected : protected + half] == sorted(kept[protected : protected + half])
 
 
 @settings(max_examples=60, deadline=None)
-@given(count=st.integers(2, 24), protected=st.integers(0, 5), batch=st.integers(1, 3), seed=st.integers(0, 99),
-       data=st.data())
+@given(
+    count=st.integers(2, 24),
+    protected=st.integers(0, 5),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
 def test_invariants_of_dropping(count: int, protected: int, batch: int, seed: int, data: Any) -> None:
     protected = min(protected, count - 1)
     keep = data.draw(st.integers(1, count - protected))
@@ -224,33 +255,48 @@ def test_pool() -> None:
         np.testing.assert_array_equal(out.tokens[b, 0], x[b, 0])
         for i in range(2):
             for j in range(3):
-                cell = grid[b, 2 * i:2 * i + 2, 2 * j:2 * j + 2].reshape(4, 3).mean(0)
+                cell = grid[b, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].reshape(4, 3).mean(0)
                 np.testing.assert_allclose(out.tokens[b, 1 + i * 3 + j], cell, rtol=1e-5, atol=1e-6)
-                assert all(out.assignment[b, 1 + (2 * i + u) * 6 + 2 * j + v] == 1 + i * 3 + j for u in (0, 1) for v in (0, 1))
+                assert all(
+                    out.assignment[b, 1 + (2 * i + u) * 6 + 2 * j + v] == 1 + i * 3 + j for u in (0, 1) for v in (0, 1)
+                )
 
 
 def test_apply_says_what_is_wrong() -> None:
     x = torch.randn(1, 9, 4)
     for call, message in [
-        (lambda: apply("tomee", x, r=1), "did you mean 'tome'"), (lambda: apply("tome", x, r=1, prop_atn=True), "prop_attn"),
-        (lambda: apply("tome", x), "give keep"), (lambda: apply("tome", x, keep=2, r=1), "not both"),
-        (lambda: apply("tome", x, r=5), "tome cannot keep 4"), (lambda: apply("topk", x, keep=3), "needs attention"),
-        (lambda: apply("tome", x[0], r=1), r"must be \(B, N, C\)"), (lambda: apply("tome", x, r=1, protected=9), "protected=9"),
-        (lambda: apply("tome", x, r=1, text=x[0]), "does not use text"), (lambda: apply("topk", x, keep=3, score="max"), "one of")]:
+        (lambda: apply("tomee", x, r=1), "did you mean 'tome'"),
+        (lambda: apply("tome", x, r=1, prop_atn=True), "prop_attn"),
+        (lambda: apply("tome", x), "give keep"),
+        (lambda: apply("tome", x, keep=2, r=1), "not both"),
+        (lambda: apply("tome", x, r=5), "tome cannot keep 4"),
+        (lambda: apply("topk", x, keep=3), "needs attention"),
+        (lambda: apply("tome", x[0], r=1), r"must be \(B, N, C\)"),
+        (lambda: apply("tome", x, r=1, protected=9), "protected=9"),
+        (lambda: apply("tome", x, r=1, text=x[0]), "does not use text"),
+        (lambda: apply("topk", x, keep=3, score="max"), "one of"),
+    ]:
         with pytest.raises(ValueError, match=message):
             call()
 
 
 def test_kept_count() -> None:
-    assert kept_count(0.29, 100) == 29 and kept_count(1.0, 7) == 7 and kept_count(1, 7) == 1 and kept_count(0.01, 7) == 1
+    assert (
+        kept_count(0.29, 100) == 29 and kept_count(1.0, 7) == 7 and kept_count(1, 7) == 1 and kept_count(0.01, 7) == 1
+    )
     for bad in (0, 0.0, -1, -0.5, 1.5, 8, float("nan"), float("inf"), True, "3"):
         with pytest.raises(ValueError, match="keep="):
             kept_count(bad, 7)  # type: ignore[arg-type]
 
 
 @settings(max_examples=100, deadline=None)
-@given(tokens=st.integers(2, 200), protected=st.integers(0, 5), blocks=st.integers(1, 14),
-       schedule=st.sampled_from(["constant", "increasing", "decreasing"]), share=st.floats(0, 1))
+@given(
+    tokens=st.integers(2, 200),
+    protected=st.integers(0, 5),
+    blocks=st.integers(1, 14),
+    schedule=st.sampled_from(["constant", "increasing", "decreasing"]),
+    share=st.floats(0, 1),
+)
 def test_spread_removal_is_exact(tokens: int, protected: int, blocks: int, schedule: str, share: float) -> None:
     left, most = tokens, 0
     for _ in range(blocks):

@@ -1,4 +1,5 @@
 """The token axis: models that stress the analysis, each compressed exactly or refused with a reason."""
+
 from __future__ import annotations
 
 import re
@@ -6,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from handmade import Plain, Shape, make
 from reference import Eager, relative_error
 from test_families import capture, eager_plan
@@ -72,6 +72,7 @@ EXACT: dict[str, Shape] = {
     "mean_out_no_prefix": replace(BASE, ends="mean", prefix=0, batch=2),
 }
 EITHER: dict[str, Shape] = {
+    # Which of several equal sizes is the batch or the heads may be undecidable; it may never be guessed.
     "heads_first_batch": replace(BASE, attend="heads_first", batch=2),
     "heads_first_batch_3": replace(BASE, attend="heads_first", batch=3),
     "einsum_heads_first": replace(BASE, attend="einsum_heads_first", batch=2),
@@ -138,6 +139,18 @@ def test_exact_or_refused(name: str) -> None:
             assert "handmade.py:" in str(refused), str(refused)
         else:
             assert error < 1e-5, f"{spec}: {error:.3g}"
+
+
+@pytest.mark.parametrize("name", ["skip_add", "skip_cat", "skip_cat_width_equals_tokens"])
+def test_long_skips(name: str) -> None:
+    """Dropped tokens are dropped from what was kept aside; what was kept aside is not merged."""
+    model, inputs = make(EITHER[name])
+    program = program_of(model, inputs)
+    for site in ("block[1]", "block[2]", "block[0,1,2,3]", "out"):
+        error, _, _ = run(model, program, inputs, f"topk@encoder.{site}:keep=0.6")
+        assert error < 1e-5, f"{site}: {error:.3g}"
+    with pytest.raises(EdgewiseError, match=r"(?s)merged with them.*handmade.py"):
+        compress(program, "tome:keep=0.5")
 
 
 @pytest.mark.parametrize("name", REFUSED)

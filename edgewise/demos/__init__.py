@@ -1,4 +1,5 @@
 """Small models that are shipped with the package, really trained, each with its test split. Needs no torch."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """A cache of lowered artifacts, addressed by everything that they are made of."""
+
 from __future__ import annotations
 
 import json

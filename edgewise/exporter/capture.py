@@ -1,4 +1,5 @@
 """Capture: from a PyTorch module and example inputs to a `Program`."""
+
 from __future__ import annotations
 
 import inspect
@@ -44,34 +45,43 @@ def capture(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
         except Exception as error:
             raise InputError(_explain(module, error)) from error
     program = from_exported(exported, args, kwargs)
-    expected = {n: v.detach() for n, v in zip(program.output_names, pytree.tree_leaves(outputs)) if isinstance(v, Tensor)}
+    expected = {
+        n: v.detach() for n, v in zip(program.output_names, pytree.tree_leaves(outputs), strict=True) if isinstance(v, Tensor)
+    }
     return program.with_role(expected=expected)
 
 
-def from_exported(exported: ExportedProgram, args: Sequence[Any] | None = None,
-                  kwargs: Mapping[str, Any] | None = None) -> Program:
+def from_exported(
+    exported: ExportedProgram, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None
+) -> Program:
     """A `Program` from an `ExportedProgram`, whose own example inputs are used where none are given.
 
     Raises InputError for dynamic shapes, and where there are no example inputs.
     """
     if args is None and kwargs is None:
         if exported.example_inputs is None:
-            raise InputError("the program has no example inputs: export it with torch.export.export(module, args) again")
+            raise InputError(
+                "the program has no example inputs: export it with torch.export.export(module, args) again"
+            )
         args, kwargs = exported.example_inputs
     for node in exported.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and any(not isinstance(n, int) for n in value.shape):
-            raise InputError(f"the program has a dynamic shape {tuple(value.shape)} at {node.name}: edgewise compiles static "
-                             "shapes; export it without dynamic_shapes")
+            raise InputError(
+                f"the program has a dynamic shape {tuple(value.shape)} at {node.name}: edgewise compiles static "
+                "shapes; export it without dynamic_shapes"
+            )
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            raise InputError(f"the program has a size that depends on values, at {node.name} ({node.target}): it cannot "
-                             "be compiled with static shapes")
+            raise InputError(
+                f"the program has a size that depends on values, at {node.name} ({node.target}): it cannot "
+                "be compiled with static shapes"
+            )
     leaves = [leaf for leaf in pytree.tree_leaves((tuple(args or ()), dict(kwargs or {})))]
     names = [node.name for node in user_inputs(exported)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if len(tensors) != len(names):
         raise InputError(f"the program takes {len(names)} tensors ({', '.join(names)}), and {len(tensors)} were given")
-    inputs = {name: tensor.detach() for name, tensor in zip(names, tensors)}
+    inputs = {name: tensor.detach() for name, tensor in zip(names, tensors, strict=True)}
     return make_program(exported, inputs, output_names(exported)).with_role()
 
 
@@ -97,11 +107,15 @@ def check_weights(module: nn.Module) -> None:
                 # Masks are stored as buffers with -inf in some models, which is no defect.
                 if kind == "buffer" and not bool(tensor.isnan().any()):
                     continue
-                raise InputError(f"{kind} {name} of {type(module).__name__} holds NaN or infinite values: the checkpoint "
-                                 "is damaged, or training diverged")
+                raise InputError(
+                    f"{kind} {name} of {type(module).__name__} holds NaN or infinite values: the checkpoint "
+                    "is damaged, or training diverged"
+                )
             if tensor.device.type == "meta":
-                raise InputError(f"{kind} {name} of {type(module).__name__} has no values (it is on the meta device): load "
-                                 "the weights before exporting")
+                raise InputError(
+                    f"{kind} {name} of {type(module).__name__} has no values (it is on the meta device): load "
+                    "the weights before exporting"
+                )
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -118,8 +132,10 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     except Exception as error:
         given = [*(_shape(a) for a in args), *(f"{k}={_shape(v)}" for k, v in kwargs.items())]
         takes = ", ".join(list(inspect.signature(module.forward).parameters)[:6])
-        raise InputError(f"{type(module).__name__} cannot run on the example inputs ({', '.join(given) or 'none'}): {error}. "
-                         f"Its forward takes: {takes}") from error
+        raise InputError(
+            f"{type(module).__name__} cannot run on the example inputs ({', '.join(given) or 'none'}): {error}. "
+            f"Its forward takes: {takes}"
+        ) from error
 
 
 def _shape(value: Any) -> str:
@@ -129,12 +145,17 @@ def _shape(value: Any) -> str:
 def _explain(module: nn.Module, error: Exception) -> str:
     text = str(error).strip()
     first = text.splitlines()[0] if text else type(error).__name__
-    where = [line.strip() for line in text.splitlines() if ".py\", line" in line and "/torch/" not in line]
+    where = [line.strip() for line in text.splitlines() if '.py", line' in line and "/torch/" not in line]
     dynamic = any(word in text for word in ("data-dependent", "Dynamic control flow", "torch.cond", "unbacked"))
-    reason = ("its control flow or a shape depends on the values of the inputs; edgewise compiles static graphs. Replace the "
-              "branch by torch.where or a fixed choice" if dynamic else "torch.export cannot trace it")
-    return (f"{type(module).__name__} cannot be captured: {reason}.\n  torch says: {first}"
-            + (f"\n  at {where[-1]}" if where else ""))
+    reason = (
+        "its control flow or a shape depends on the values of the inputs; edgewise compiles static graphs. Replace the "
+        "branch by torch.where or a fixed choice"
+        if dynamic
+        else "torch.export cannot trace it"
+    )
+    return f"{type(module).__name__} cannot be captured: {reason}.\n  torch says: {first}" + (
+        f"\n  at {where[-1]}" if where else ""
+    )
 
 
 @contextmanager

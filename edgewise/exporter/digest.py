@@ -1,4 +1,5 @@
 """Digests: the identity of weights, of a graph with all its arguments, and of an artifact's whole making."""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,4 +1,5 @@
 """The pipeline: model to program, compressed, legalised, lowered, verified at every step, and written as a bundle."""
+
 from __future__ import annotations
 
 import os
@@ -30,7 +31,8 @@ from edgewise.exporter.sources import Source, load_source
 from edgewise.passes.flops import total_flops
 from edgewise.passes.legalise import Legalise
 from edgewise.passes.plan import parse_spec
-from edgewise.passes.program import Program, compress as insert
+from edgewise.passes.program import Program
+from edgewise.passes.program import compress as insert
 from edgewise.targets import Target
 from edgewise.verify import ladder
 from edgewise.verify.bundle import batched
@@ -73,15 +75,29 @@ class Job:
         if rung.passed is False:
             worst = max(rung.outputs.items(), key=lambda kv: float("inf") if kv[1].relative is None else kv[1].relative)
             found = "not finite" if not worst[1].finite else f"relative error {worst[1].relative}"
-            raise CheckFailed(f"{rung.kind} check failed: {rung.name} against {rung.against}, output {worst[0]!r}: {found}, "
-                              f"allowed {rung.threshold:g}. Nothing was written")
+            raise CheckFailed(
+                f"{rung.kind} check failed: {rung.name} against {rung.against}, output {worst[0]!r}: {found}, "
+                f"allowed {rung.threshold:g}. Nothing was written"
+            )
 
 
-def export(model: str | nn.Module | ExportedProgram, out: str | os.PathLike[str], *, example: Any = None,
-           targets: Sequence[str] = ("openvino",), compress: str | Sequence[str] | None = None, precision: str = "fp32",
-           calibration: Any = None, input_shapes: Mapping[str, tuple[int, ...]] | None = None, batch: int = 1, seed: int = 0,
-           trust_remote_code: bool = False, weights_only: bool = False, cache: bool = True,
-           progress: Progress | None = None) -> Bundle:
+def export(
+    model: str | nn.Module | ExportedProgram,
+    out: str | os.PathLike[str],
+    *,
+    example: Any = None,
+    targets: Sequence[str] = ("openvino",),
+    compress: str | Sequence[str] | None = None,
+    precision: str = "fp32",
+    calibration: Any = None,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    batch: int = 1,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    weights_only: bool = False,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> Bundle:
     """Export a model to a bundle: compressed, lowered to every target, verified, written whole or not at all.
 
     Args:
@@ -109,12 +125,25 @@ def export(model: str | nn.Module | ExportedProgram, out: str | os.PathLike[str]
     if progress is not None:
         progress(0, 6 + 2 * len(chosen), "load the model")
     if isinstance(model, str):
-        source = load_source(model, input_shapes=input_shapes, batch=batch, seed=seed, trust_remote_code=trust_remote_code,
-                             weights_only=weights_only)
+        source = load_source(
+            model,
+            input_shapes=input_shapes,
+            batch=batch,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            weights_only=weights_only,
+        )
     else:
         source = _given(model, example)
-    recipe = Recipe(model=source.name, compress=specs, targets=tuple(t.name for t in chosen), precision=precision,
-                    input_shapes={k: tuple(v) for k, v in (input_shapes or {}).items()}, batch=batch, seed=seed)
+    recipe = Recipe(
+        model=source.name,
+        compress=specs,
+        targets=tuple(t.name for t in chosen),
+        precision=precision,
+        input_shapes={k: tuple(v) for k, v in (input_shapes or {}).items()},
+        batch=batch,
+        seed=seed,
+    )
     job = Job(recipe, source, chosen, progress, Cache() if cache else None, done=1)
     # The place is checked by the writer before any work is done.
     return write_bundle(out, lambda folder: _build(job, folder))
@@ -134,8 +163,13 @@ def _targets(names: Sequence[str], precision: str) -> list[Target]:
 
 def _given(model: nn.Module | ExportedProgram, example: Any) -> Source:
     name = f"{type(model).__module__}.{type(model).__qualname__}"
-    args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (
-        (), {}) if example is None else (tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
+    args, kwargs = (
+        ((), dict(example))
+        if isinstance(example, Mapping)
+        else ((), {})
+        if example is None
+        else (tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
+    )
     if isinstance(model, ExportedProgram):
         return Source(name, type(model).__name__, exported=model, args=args, kwargs=kwargs)
     if example is None:
@@ -156,7 +190,9 @@ def _build(job: Job, folder: Path) -> Manifest:
     job.step("verify the capture")
     base = _run_all(program, program.base, samples)
     if source.module is not None:
-        job.judge("captured", "eager model", "capture", _eager(source, samples, program), base, threshold=CAPTURE_THRESHOLD)
+        job.judge(
+            "captured", "eager model", "capture", _eager(source, samples, program), base, threshold=CAPTURE_THRESHOLD
+        )
     job.step("compress")
     compressed = insert(program, *job.recipe.compress)
     steps = {target.name: Legalise(target.realisations) for target in job.chosen}
@@ -171,9 +207,17 @@ def _build(job: Job, folder: Path) -> Manifest:
         full, wanted = wanted, {}
         wanted, rounded = _stack(half, samples)
         kept = [overlap(decisions[k], rounded[k]) for k in decisions]
-        job.rungs.append(judge("fp16 weights", "compressed", "precision", full, wanted,
-                               kept_overlap=sum(kept) / len(kept) if kept else None,
-                               note="weights are stored in half precision; there is nothing to pass"))
+        job.rungs.append(
+            judge(
+                "fp16 weights",
+                "compressed",
+                "precision",
+                full,
+                wanted,
+                kept_overlap=sum(kept) / len(kept) if kept else None,
+                note="weights are stored in half precision; there is nothing to pass",
+            )
+        )
     artifacts = _lower_all(job, compressed, steps, samples, wanted, folder)
     job.step("write the bundle")
     return _manifest(job, compressed, samples, base, wanted, artifacts, folder)
@@ -187,12 +231,24 @@ def judge(name: str, against: str, kind: ladder.Kind, reference: Outputs, value:
 def _judge_compression(job: Job, base: Outputs, wanted: Outputs) -> None:
     same = {k for k in base if base[k].shape == wanted[k].shape}
     if same:
-        job.rungs.append(judge("compressed", "uncompressed", "compression", {k: base[k] for k in sorted(same)},
-                               {k: wanted[k] for k in sorted(same)}))
+        job.rungs.append(
+            judge(
+                "compressed",
+                "uncompressed",
+                "compression",
+                {k: base[k] for k in sorted(same)},
+                {k: wanted[k] for k in sorted(same)},
+            )
+        )
     if set(base) - same:
-        job.rungs.append(Rung(name="compressed", against="uncompressed", kind="compression",
-                              note="these outputs have fewer tokens, and cannot be compared: "
-                                   + ", ".join(sorted(set(base) - same))))
+        job.rungs.append(
+            Rung(
+                name="compressed",
+                against="uncompressed",
+                kind="compression",
+                note="these outputs have fewer tokens, and cannot be compared: " + ", ".join(sorted(set(base) - same)),
+            )
+        )
 
 
 def _judge_realisations(job: Job, runner: Runner) -> None:
@@ -201,13 +257,25 @@ def _judge_realisations(job: Job, runner: Runner) -> None:
     The graph that they make together is judged by the artifact, which is compared with the compressed program.
     """
     for target, checked in runner.checked.items():
-        both = {k: [np.concatenate(side)[None, None] for side in zip(*pairs)] for k, pairs in sorted(checked.items())}
-        job.judge(f"realisations for {target}", "compression ops", "legalisation", {k: a for k, (a, _) in both.items()},
-                  {k: b for k, (_, b) in both.items()}, threshold=LOWERING_THRESHOLD["fp32"])
+        both = {k: [np.concatenate(side)[None, None] for side in zip(*pairs, strict=True)] for k, pairs in sorted(checked.items())}
+        job.judge(
+            f"realisations for {target}",
+            "compression ops",
+            "legalisation",
+            {k: a for k, (a, _) in both.items()},
+            {k: b for k, (_, b) in both.items()},
+            threshold=LOWERING_THRESHOLD["fp32"],
+        )
 
 
-def _lower_all(job: Job, program: Program, steps: dict[str, Legalise], samples: list[dict[str, Tensor]], wanted: Outputs,
-               folder: Path) -> list[Artifact]:
+def _lower_all(
+    job: Job,
+    program: Program,
+    steps: dict[str, Legalise],
+    samples: list[dict[str, Tensor]],
+    wanted: Outputs,
+    folder: Path,
+) -> list[Artifact]:
     artifacts: list[Artifact] = []
     legalised: dict[str, ExportedProgram] = {}
     for target in job.chosen:
@@ -217,15 +285,25 @@ def _lower_all(job: Job, program: Program, steps: dict[str, Legalise], samples: 
             legalised[key] = steps[target.name](program.exported).program
         files = _lower(job, target, legalised[key], program, folder / target.name)
         job.step(f"verify {target.name}")
-        artifact = Artifact(target=target.name, role=program.role, precision=job.recipe.precision,
-                            files=tuple(f"{target.name}/{path.name}" for path in files), versions=target.versions(),
-                            warnings=tuple(target.check()))
+        artifact = Artifact(
+            target=target.name,
+            role=program.role,
+            precision=job.recipe.precision,
+            files=tuple(f"{target.name}/{path.name}" for path in files),
+            versions=target.versions(),
+            warnings=tuple(target.check()),
+        )
         feeds = [{k: as_array(v) for k, v in sample.items()} for sample in samples]
         with target.load(files) as session:
             results = [session.run(feed) for feed in feeds]
-        job.judge(artifact.label, "compressed" if job.recipe.precision == "fp32" else f"{job.recipe.precision} weights",
-                  "lowering", wanted, {k: np.stack([r[k] for r in results]) for k in results[0]},
-                  threshold=LOWERING_THRESHOLD[job.recipe.precision])
+        job.judge(
+            artifact.label,
+            "compressed" if job.recipe.precision == "fp32" else f"{job.recipe.precision} weights",
+            "lowering",
+            wanted,
+            {k: np.stack([r[k] for r in results]) for k in results[0]},
+            threshold=LOWERING_THRESHOLD[job.recipe.precision],
+        )
         artifacts.append(artifact)
     return artifacts
 
@@ -237,14 +315,30 @@ def _lower(job: Job, target: Target, legal: ExportedProgram, program: Program, f
     def make(place: Path) -> list[Path]:
         place.mkdir(parents=True, exist_ok=True)
         with quiet():
-            return target.lower(legal, place, program.role, precision=precision, input_names=names,
-                                output_names=list(program.output_names))
+            return target.lower(
+                legal,
+                place,
+                program.role,
+                precision=precision,
+                input_names=names,
+                output_names=list(program.output_names),
+            )
 
     if job.cache is None:
         return make(folder)
-    key = artifact_key(legal, job.weights, {
-        "edgewise": __version__, "target": target.name, "versions": target.versions(), "precision": precision,
-        "inputs": names, "outputs": program.output_names, "stem": program.role})
+    key = artifact_key(
+        legal,
+        job.weights,
+        {
+            "edgewise": __version__,
+            "target": target.name,
+            "versions": target.versions(),
+            "precision": precision,
+            "inputs": names,
+            "outputs": program.output_names,
+            "stem": program.role,
+        },
+    )
     return job.cache.fetch(key, folder, make)[0]
 
 
@@ -256,7 +350,7 @@ def _samples(job: Job, program: Program) -> list[dict[str, Tensor]]:
     count = len(next(iter(real.values())))
     # Spread over the split, which may be sorted by label. The first is the example already.
     starts = [i * (count - size) // 3 for i in range(1, 4)]
-    return [dict(program.inputs), *({k: torch.from_numpy(real[k][s:s + size].copy()) for k in real} for s in starts)]
+    return [dict(program.inputs), *({k: torch.from_numpy(real[k][s : s + size].copy()) for k in real} for s in starts)]
 
 
 def _eager(source: Source, samples: list[dict[str, Tensor]], program: Program) -> Outputs:
@@ -268,11 +362,11 @@ def _eager(source: Source, samples: list[dict[str, Tensor]], program: Program) -
     with evaluating(source.module), quiet():
         for sample in samples[1:]:
             leaves = list(flat)
-            for i, value in zip(where, sample.values()):
+            for i, value in zip(where, sample.values(), strict=True):
                 leaves[i] = value
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             outputs = pytree.tree_leaves(source.module(*args, **kwargs))
-            results.append({n: as_array(v) for n, v in zip(program.output_names, outputs) if isinstance(v, Tensor)})
+            results.append({n: as_array(v) for n, v in zip(program.output_names, outputs, strict=True) if isinstance(v, Tensor)})
     return {k: np.stack([r[k] for r in results]) for k in results[0]}
 
 
@@ -286,12 +380,21 @@ def _stack(runner: Runner, samples: list[dict[str, Tensor]]) -> tuple[Outputs, d
     for sample in samples:
         results.append(runner(sample))
         decisions.append(runner.decisions)
-    return ({k: np.stack([r[k] for r in results]) for k in results[0]},
-            {k: np.stack([d[k] for d in decisions]) for k in decisions[0]})
+    return (
+        {k: np.stack([r[k] for r in results]) for k in results[0]},
+        {k: np.stack([d[k] for d in decisions]) for k in decisions[0]},
+    )
 
 
-def _manifest(job: Job, program: Program, samples: list[dict[str, Tensor]], base: Outputs, wanted: Outputs,
-              artifacts: list[Artifact], folder: Path) -> Manifest:
+def _manifest(
+    job: Job,
+    program: Program,
+    samples: list[dict[str, Tensor]],
+    base: Outputs,
+    wanted: Outputs,
+    artifacts: list[Artifact],
+    folder: Path,
+) -> Manifest:
     golden = {f"input.{k}": np.stack([as_array(s[k]) for s in samples]) for k in program.inputs}
     golden |= {f"output.{k}": v for k, v in wanted.items()}
     golden |= {f"reference.{k}": v for k, v in base.items()}
@@ -301,21 +404,37 @@ def _manifest(job: Job, program: Program, samples: list[dict[str, Tensor]], base
     (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), "utf-8")
     manifest = Manifest(
         edgewise_version=__version__,
-        model=ModelInfo(source=job.source.name, class_name=job.source.class_name,
-                        parameters=sum(t.numel() for t in program.base.state_dict.values() if isinstance(t, nn.Parameter)),
-                        weights_digest=job.weights.of_program(program.base)),
+        model=ModelInfo(
+            source=job.source.name,
+            class_name=job.source.class_name,
+            parameters=sum(t.numel() for t in program.base.state_dict.values() if isinstance(t, nn.Parameter)),
+            weights_digest=job.weights.of_program(program.base),
+        ),
         compress=job.recipe.compress,
-        components=(Component(
-            role=program.role,
-            inputs=tuple(TensorInfo(name=k, shape=tuple(v.shape), dtype=str(v.dtype).removeprefix("torch."))
-                         for k, v in program.inputs.items()),
-            outputs=tuple(TensorInfo(name=k, shape=v.shape[1:], dtype=str(v.dtype)) for k, v in wanted.items()),
-            sites=tuple(ManifestSite(name=s.name, method="+".join(s.methods), tokens_in=s.tokens_in, tokens_out=s.tokens_out)
-                        for s in program.sites if s.methods),
-            flops_before=total_flops(program.base), flops_after=total_flops(program.exported)),),
-        preprocessing=job.source.preprocessing, targets=tuple(artifacts), verification=tuple(job.rungs),
-        golden={program.role: f"golden/{program.role}.safetensors"}, seed=job.recipe.seed)
+        components=(
+            Component(
+                role=program.role,
+                inputs=tuple(
+                    TensorInfo(name=k, shape=tuple(v.shape), dtype=str(v.dtype).removeprefix("torch."))
+                    for k, v in program.inputs.items()
+                ),
+                outputs=tuple(TensorInfo(name=k, shape=v.shape[1:], dtype=str(v.dtype)) for k, v in wanted.items()),
+                sites=tuple(
+                    ManifestSite(
+                        name=s.name, method="+".join(s.methods), tokens_in=s.tokens_in, tokens_out=s.tokens_out
+                    )
+                    for s in program.sites
+                    if s.methods
+                ),
+                flops_before=total_flops(program.base),
+                flops_after=total_flops(program.exported),
+            ),
+        ),
+        preprocessing=job.source.preprocessing,
+        targets=tuple(artifacts),
+        verification=tuple(job.rungs),
+        golden={program.role: f"golden/{program.role}.safetensors"},
+        seed=job.recipe.seed,
+    )
     write_report(manifest, program.sites, folder / "report.html", notes=(*job.source.notes, *program.notes))
     return manifest
-
-

@@ -1,4 +1,5 @@
 """The resolved recipe: all that is needed to make a bundle again."""
+
 from __future__ import annotations
 
 import os

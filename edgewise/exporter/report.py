@@ -1,4 +1,5 @@
 """The bundle's report: what was compressed, what it cost, what it gained, as one self-contained page."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -35,28 +36,54 @@ def write_report(manifest: Manifest, sites: Sequence[Site], path: Path, notes: S
         f"<h1>{escape(manifest.model.source)}</h1>",
         f"<p class=sub>{escape(manifest.model.class_name)}, {manifest.model.parameters:,} parameters · {escape(spec)} · "
         f"edgewise {escape(manifest.edgewise_version)}</p>",
-        "<div class=cards>", *_cards(component, sites, sizes), "</div>",
+        "<div class=cards>",
+        *_cards(component, sites, sizes),
+        "</div>",
     ]
     if component.sites:
-        body += ["<h2>Tokens at every site</h2>", _chart(sites),
-                 "<p class=sub>The full bar is what a site gets; the dark part is what it passes on.</p>"]
+        body += [
+            "<h2>Tokens at every site</h2>",
+            _chart(sites),
+            "<p class=sub>The full bar is what a site gets; the dark part is what it passes on.</p>",
+        ]
     body += [
         "<h2>Artifacts</h2>",
-        _table(["artifact", "files", "MB", "made with"],
-               [[a.label, ", ".join(a.files), f"{sizes[a.label] / 1e6:.2f}",
-                 ", ".join(f"{k} {v}" for k, v in sorted(a.versions.items()))] for a in manifest.targets], numbers={2}),
+        _table(
+            ["artifact", "files", "MB", "made with"],
+            [
+                [
+                    a.label,
+                    ", ".join(a.files),
+                    f"{sizes[a.label] / 1e6:.2f}",
+                    ", ".join(f"{k} {v}" for k, v in sorted(a.versions.items())),
+                ]
+                for a in manifest.targets
+            ],
+            numbers={2},
+        ),
         "<h2>Verification ladder</h2>",
-        _table(["step", "against", "error", "relative", "SQNR dB", "cosine", "allowed", ""],
-               [_rung(r) for r in manifest.verification], numbers={3, 4, 5, 6}, raw={7}),
+        _table(
+            ["step", "against", "error", "relative", "SQNR dB", "cosine", "allowed", ""],
+            [_rung(r) for r in manifest.verification],
+            numbers={3, 4, 5, 6},
+            raw={7},
+        ),
         "<p class=sub>Compression is meant to change the output, and has no limit here. Every other step compares two forms of "
         "the same program: an error there would be a defect, and would have stopped the export.</p>",
     ]
-    remarks = [*notes, *(r.note for r in manifest.verification if r.note), *(w for a in manifest.targets for w in a.warnings)]
+    remarks = [
+        *notes,
+        *(r.note for r in manifest.verification if r.note),
+        *(w for a in manifest.targets for w in a.warnings),
+    ]
     if remarks:
         body += ["<h2>Notes</h2><ul>", *(f"<li>{escape(n)}</li>" for n in dict.fromkeys(remarks)), "</ul>"]
-    page = (f'<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,'
-            f'initial-scale=1"><title>{escape(manifest.model.source)} · edgewise</title><style>{_STYLE}</style>\n'
-            + "\n".join(body) + "\n</html>\n")
+    page = (
+        f'<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,'
+        f'initial-scale=1"><title>{escape(manifest.model.source)} · edgewise</title><style>{_STYLE}</style>\n'
+        + "\n".join(body)
+        + "\n</html>\n"
+    )
     path.write_text(page, "utf-8")
 
 
@@ -84,14 +111,20 @@ def _chart(sites: Sequence[Site]) -> str:
     lines = []
     for i, site in enumerate(sites):
         y = i * row
-        title = f"{site.name}: {site.tokens_in} → {site.tokens_out}" + (f" by {', '.join(site.methods)}" if site.methods else "")
+        title = f"{site.name}: {site.tokens_in} → {site.tokens_out}" + (
+            f" by {', '.join(site.methods)}" if site.methods else ""
+        )
         lines.append(
             f'<g><title>{escape(title)}</title><text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(site.name)}</text>'
             f'<rect x="{left}" y="{y + 3}" width="{site.tokens_in * scale:.1f}" height="15" rx="2" fill="var(--gone)"/>'
             f'<rect x="{left}" y="{y + 3}" width="{site.tokens_out * scale:.1f}" height="15" rx="2" fill="var(--bar)"/>'
-            f'<text x="{left + site.tokens_in * scale + 6:.1f}" y="{y + 15}">{site.tokens_in} → {site.tokens_out}</text></g>')
-    return (f'<svg viewBox="0 0 {width} {len(sites) * row + 4}" role="img" aria-label="tokens at every site">'
-            + "".join(lines) + "</svg>")
+            f'<text x="{left + site.tokens_in * scale + 6:.1f}" y="{y + 15}">{site.tokens_in} → {site.tokens_out}</text></g>'
+        )
+    return (
+        f'<svg viewBox="0 0 {width} {len(sites) * row + 4}" role="img" aria-label="tokens at every site">'
+        + "".join(lines)
+        + "</svg>"
+    )
 
 
 def _rung(rung: Rung) -> list[str]:
@@ -99,22 +132,32 @@ def _rung(rung: Rung) -> list[str]:
     verdict = {True: "<span class=good>passed</span>", False: "<span class=bad>failed</span>", None: ""}[rung.passed]
     if rung.kept_overlap is not None:
         verdict += f" kept tokens agree {rung.kept_overlap:.1%}"
-    return [rung.name, rung.against, rung.kind, *_figures(errors), "" if rung.threshold is None else f"{rung.threshold:.0e}",
-            verdict]
+    return [
+        rung.name,
+        rung.against,
+        rung.kind,
+        *_figures(errors),
+        "" if rung.threshold is None else f"{rung.threshold:.0e}",
+        verdict,
+    ]
 
 
 def _figures(errors: Errors | None) -> list[str]:
     if errors is None:
         return ["", "", ""]
     exact = errors.finite and errors.relative == 0
-    return ["" if errors.relative is None else f"{errors.relative:.2e}",
-            "exact" if exact else "" if errors.sqnr_db is None else f"{errors.sqnr_db:.1f}",
-            "" if errors.cosine is None else f"{errors.cosine:.6f}"]
+    return [
+        "" if errors.relative is None else f"{errors.relative:.2e}",
+        "exact" if exact else "" if errors.sqnr_db is None else f"{errors.sqnr_db:.1f}",
+        "" if errors.cosine is None else f"{errors.cosine:.6f}",
+    ]
 
 
 def _table(head: list[str], rows: list[list[str]], numbers: set[int] = frozenset(), raw: set[int] = frozenset()) -> str:  # type: ignore[assignment]
     def cell(tag: str, i: int, text: str) -> str:
-        return f"<{tag}{' class=n' if i in numbers else ''}>{text if i in raw and tag == 'td' else escape(text)}</{tag}>"
+        return (
+            f"<{tag}{' class=n' if i in numbers else ''}>{text if i in raw and tag == 'td' else escape(text)}</{tag}>"
+        )
 
     lines = ["<tr>" + "".join(cell("th", i, t) for i, t in enumerate(head)) + "</tr>"]
     lines += ["<tr>" + "".join(cell("td", i, t) for i, t in enumerate(r)) + "</tr>" for r in rows]

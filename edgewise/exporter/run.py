@@ -1,4 +1,5 @@
 """Run a program's graph on arrays, for the verification ladder."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -23,9 +24,13 @@ class Runner(fx.Interpreter):
     `checked` holds the results of all runs, of the op itself and of its realisation, by label, op and output.
     """
 
-    def __init__(self, exported: ExportedProgram, output_names: tuple[str, ...],
-                 weights: Callable[[Tensor], Tensor] | None = None,
-                 realised: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None) -> None:
+    def __init__(
+        self,
+        exported: ExportedProgram,
+        output_names: tuple[str, ...],
+        weights: Callable[[Tensor], Tensor] | None = None,
+        realised: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
+    ) -> None:
         super().__init__(exported.graph_module, garbage_collect_values=True)
         tensors = parameters_of(exported)
         self._weights = {k: v if weights is None else weights(v) for k, v in tensors.items()}
@@ -42,7 +47,7 @@ class Runner(fx.Interpreter):
         values = [inputs[name] if name in inputs else self._weights[name] for name in self._placeholders]
         with torch.no_grad():
             flat = self.run(*values)
-        return {name: as_array(value) for name, value in zip(self._names, flat) if isinstance(value, Tensor)}
+        return {name: as_array(value) for name, value in zip(self._names, flat, strict=True) if isinstance(value, Tensor)}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -53,13 +58,12 @@ class Runner(fx.Interpreter):
             self.decisions[n.name] = kept.numpy()
         return value
 
-
     def _check(self, n: fx.Node, value: Any) -> None:
         op = op_name(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         for label, functions in self._realised.items():
             other = functions[op](*args, **kwargs)
-            pairs = zip(value, other) if isinstance(value, (tuple, list)) else [(value, other)]
+            pairs = zip(value, other, strict=True) if isinstance(value, (tuple, list)) else [(value, other)]
             for i, (ours, theirs) in enumerate(pairs):
                 results = self.checked.setdefault(label, {}).setdefault(f"{op}.{i}", [])
                 results.append((as_array(ours).ravel(), as_array(theirs).ravel()))

@@ -1,4 +1,5 @@
 """Model sources: what MODEL on the command line means, and how it becomes a module with example inputs."""
+
 from __future__ import annotations
 
 import importlib
@@ -35,8 +36,15 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def load_source(model: str, *, input_shapes: Mapping[str, tuple[int, ...]] | None = None, batch: int = 1, seed: int = 0,
-                trust_remote_code: bool = False, weights_only: bool = False) -> Source:
+def load_source(
+    model: str,
+    *,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    batch: int = 1,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    weights_only: bool = False,
+) -> Source:
     """Load what MODEL names: a Hugging Face id or local folder, `py:package.module:factory`, a `.pt2` file, `demo:NAME`.
 
     Args:
@@ -57,9 +65,13 @@ def load_source(model: str, *, input_shapes: Mapping[str, tuple[int, ...]] | Non
         split = demos.split(name)
         source.samples = dict(split.inputs)
         # Real examples, where the default shapes are wanted: the split has exactly those.
-        fits = all(tuple(v.shape[1:]) == split.inputs[k].shape[1:] for k, v in source.kwargs.items() if k in split.inputs)
+        fits = all(
+            tuple(v.shape[1:]) == split.inputs[k].shape[1:] for k, v in source.kwargs.items() if k in split.inputs
+        )
         if fits:
-            source.kwargs = {k: torch.from_numpy(split.inputs[k][:v.shape[0]].copy()) for k, v in source.kwargs.items()}
+            source.kwargs = {
+                k: torch.from_numpy(split.inputs[k][: v.shape[0]].copy()) for k, v in source.kwargs.items()
+            }
         return source
     if model.startswith("py:"):
         return _python(model, shapes, seed)
@@ -91,8 +103,9 @@ def _python(model: str, shapes: dict[str, tuple[int, ...]], seed: int) -> Source
     try:
         package = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise InputError(f"{model}: cannot import {module_name!r} ({error}); run from the folder that holds it, or install "
-                         "it") from error
+        raise InputError(
+            f"{model}: cannot import {module_name!r} ({error}); run from the folder that holds it, or install it"
+        ) from error
     factory = getattr(package, factory_name, None)
     if factory is None:
         raise unknown(f"factory in {module_name}", factory_name, [n for n in dir(package) if not n.startswith("_")])
@@ -103,15 +116,22 @@ def _python(model: str, shapes: dict[str, tuple[int, ...]], seed: int) -> Source
     args, kwargs = (), {}
     if isinstance(made, tuple):
         made, example = made
-        args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (
-            (example if isinstance(example, tuple) else (example,)), {})
+        args, kwargs = (
+            ((), dict(example))
+            if isinstance(example, Mapping)
+            else ((example if isinstance(example, tuple) else (example,)), {})
+        )
     if not isinstance(made, nn.Module):
-        raise InputError(f"{model} returned {type(made).__name__}: a factory returns a torch.nn.Module, or (module, inputs)")
+        raise InputError(
+            f"{model} returned {type(made).__name__}: a factory returns a torch.nn.Module, or (module, inputs)"
+        )
     if shapes:
         args, kwargs = (), {name: random_input(shape, torch.float32, seed) for name, shape in shapes.items()}
     if not args and not kwargs:
-        raise InputError(f"{model} gives no example inputs: let the factory return (module, inputs), or give --input-shapes "
-                         "NAME=AxBxC with the argument names of its forward")
+        raise InputError(
+            f"{model} gives no example inputs: let the factory return (module, inputs), or give --input-shapes "
+            "NAME=AxBxC with the argument names of its forward"
+        )
     return Source(model, type(made).__name__, module=made, args=args, kwargs=kwargs)
 
 
@@ -126,8 +146,9 @@ def _pt2(model: str) -> Source:
     return Source(model, "ExportedProgram", exported=exported)
 
 
-def _hugging_face(model: str, shapes: dict[str, tuple[int, ...]], batch: int, seed: int, remote: bool,
-                  pickled: bool) -> Source:
+def _hugging_face(
+    model: str, shapes: dict[str, tuple[int, ...]], batch: int, seed: int, remote: bool, pickled: bool
+) -> Source:
     import transformers
 
     from edgewise.exporter.capture import quiet
@@ -143,8 +164,10 @@ def _hugging_face(model: str, shapes: dict[str, tuple[int, ...]], batch: int, se
     if local.exists():
         options["local_files_only"] = True
         if not pickled and not any(local.glob("*.safetensors")):
-            raise InputError(f"{local} holds no .safetensors weights; pickled weights can run code when they are loaded. "
-                             "Convert them, or pass --weights-only to load them with torch's restricted unpickler")
+            raise InputError(
+                f"{local} holds no .safetensors weights; pickled weights can run code when they are loaded. "
+                "Convert them, or pass --weights-only to load them with torch's restricted unpickler"
+            )
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(model, **options)
@@ -157,7 +180,8 @@ def _hugging_face(model: str, shapes: dict[str, tuple[int, ...]], batch: int, se
     try:
         with quiet():
             module = (cls or transformers.AutoModel).from_pretrained(
-                model, use_safetensors=None if pickled else True, dtype=torch.float32, **options)
+                model, use_safetensors=None if pickled else True, dtype=torch.float32, **options
+            )
     except Exception as error:
         raise InputError(f"cannot load the weights of {model}: {str(error).splitlines()[0]}") from error
     notes: tuple[str, ...] = ()
@@ -176,8 +200,11 @@ def _hub_error(model: str, error: Exception) -> str:
     if ":" in model:
         kinds = ["demo", "py"]
         text += f" (a prefix is one of {', '.join(k + ':' for k in kinds)})"
-    return text + ". MODEL is a Hugging Face id or local folder, py:package.module:factory, a .pt2 file, or demo:" \
-                  + "|".join(demos.names())
+    return (
+        text
+        + ". MODEL is a Hugging Face id or local folder, py:package.module:factory, a .pt2 file, or demo:"
+        + "|".join(demos.names())
+    )
 
 
 def _preprocessing(folder: Path) -> dict[str, Any]:
@@ -194,8 +221,14 @@ def _preprocessing(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def example_inputs(module: nn.Module, config: Any, preprocessing: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
-                   batch: int, seed: int) -> dict[str, Tensor]:
+def example_inputs(
+    module: nn.Module,
+    config: Any,
+    preprocessing: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    batch: int,
+    seed: int,
+) -> dict[str, Tensor]:
     """Example inputs for a Hugging Face model: its main input and, for two-tower models, the text that goes with it.
 
     Shapes come from `shapes`, else from the configuration, else from the processor.
@@ -210,14 +243,19 @@ def example_inputs(module: nn.Module, config: Any, preprocessing: Mapping[str, A
     for name, shape in wanted.items():
         if name.endswith("_ids") or name.endswith("mask"):
             text = getattr(config, "text_config", config)
-            inputs[name] = (torch.ones(shape, dtype=torch.int64) if name.endswith("mask")
-                            else random_ids(shape, int(getattr(text, "vocab_size", 2)), seed))
+            inputs[name] = (
+                torch.ones(shape, dtype=torch.int64)
+                if name.endswith("mask")
+                else random_ids(shape, int(getattr(text, "vocab_size", 2)), seed)
+            )
         else:
             inputs[name] = random_input(shape, torch.float32, seed)
     return inputs
 
 
-def _default_shape(name: str, config: Any, preprocessing: Mapping[str, Any], batch: int, module: nn.Module) -> tuple[int, ...]:
+def _default_shape(
+    name: str, config: Any, preprocessing: Mapping[str, Any], batch: int, module: nn.Module
+) -> tuple[int, ...]:
     vision = getattr(config, "vision_config", config)
     if name in ("pixel_values", "pixel_values_videos"):
         size = getattr(vision, "image_size", None) or _processor_size(preprocessing)
@@ -240,8 +278,9 @@ def _default_shape(name: str, config: Any, preprocessing: Mapping[str, Any], bat
         positions = getattr(text, "max_position_embeddings", None)
         if positions:
             return (batch, min(int(positions), 128))
-    raise InputError(f"no default shape is known for the input {name!r} of {type(module).__name__}: give --input-shapes "
-                     f"{name}=AxBxC")
+    raise InputError(
+        f"no default shape is known for the input {name!r} of {type(module).__name__}: give --input-shapes {name}=AxBxC"
+    )
 
 
 def _processor_size(preprocessing: Mapping[str, Any]) -> Any:

@@ -54,10 +54,10 @@ def similarity(metric: Tensor, protected: int) -> Tensor:
     metric = torch.nn.functional.normalize(metric.float() if metric.dtype.itemsize < 4 else metric, dim=-1)
     scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
     rows, columns = protected_split(protected)
-    if rows:
-        scores[:, :rows] = -torch.inf
-    if columns:
-        scores[:, :, :columns] = -torch.inf
+    if protected:
+        even = torch.arange(scores.shape[1], device=scores.device)[:, None] < rows
+        odd = torch.arange(scores.shape[2], device=scores.device) < columns
+        scores = scores.masked_fill(even | odd, -torch.inf)
     return scores
 
 

@@ -299,7 +299,7 @@ def _name(streams: list[Stream]) -> None:
     main = media[0] if len(media) == 1 else first[0] if len(first) == 1 else None
     taken: dict[str, int] = {}
     for stream in streams:
-        in_main = main is not None and (stream is main or stream.piece > 0 and stream.role == main.role)
+        in_main = main is not None and (stream is main or (stream.piece > 0 and stream.role == main.role))
         name = "encoder" if in_main else stream.role
         taken[name] = taken.get(name, 0) + 1
         stream.name = name if taken[name] == 1 else f"{name}{taken[name]}"

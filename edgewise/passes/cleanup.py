@@ -83,7 +83,7 @@ def as_matmul(equation: str, shapes: Sequence[tuple[int, ...]]) -> Callable[[Ten
     if match is None or len(shapes) != 2:
         return None
     left, right, out = match.groups()
-    sizes = [dict(zip(labels, shape)) for labels, shape in zip((left, right), shapes)]
+    sizes = [dict(zip(labels, shape, strict=True)) for labels, shape in zip((left, right), shapes, strict=True)]
     batch = [label for label in out if label in left and label in right]
     inner = [label for label in left if label in right and label not in out]
     rows, columns = ([label for label in own if label in out and label not in other]
@@ -180,7 +180,7 @@ _LAYOUTS = {aten.reshape.default, aten.view.default, aten.transpose.int, aten.pe
 
 def _foldable(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     value = node.meta.get("val")
-    if isinstance(value, Tensor) and value.numel() > MAX_FOLDED_ELEMENTS or _random(node):
+    if (isinstance(value, Tensor) and value.numel() > MAX_FOLDED_ELEMENTS) or _random(node):
         return False
     return all(operand in values for operand in node.all_input_nodes)
 

@@ -12,8 +12,8 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
 from edgewise.errors import Refused
-from edgewise.ops.reduce import take
 from edgewise.ops.methods import Tokens
+from edgewise.ops.reduce import take
 from edgewise.ops.score import attention_rows
 from edgewise.passes.analysis import Stream
 from edgewise.passes.anchors import Anchor, find_anchors
@@ -123,7 +123,9 @@ class _Insertion:
     def _check_causal(self, proof: Propagation) -> None:
         steps = [step for steps in self.steps.values() for step in steps]
         shuffling = next((s for s in steps if not s.method.keeps_order or s.method.merges), None)
-        for anchor in find_anchors(self.editor.graph) if shuffling is not None else []:
+        if shuffling is None:
+            return
+        for anchor in find_anchors(self.editor.graph):
             softmax = anchor.softmax
             if anchor.causal and symbolic_axes(proof.values.get(softmax)):
                 raise Refused("the attention is causal, and the method does not keep tokens in order", node=softmax.name,

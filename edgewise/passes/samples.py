@@ -17,7 +17,6 @@ from edgewise.passes.symbolic import Abstract, Engine, SampleCount
 from edgewise.passes.token_axis import Cut, Propagation, Propagator, Route
 from edgewise.passes.token_rules import symbolic_axes
 
-
 _MIXED = "it brings together the tokens of several samples, which keep different ones"
 
 
@@ -38,9 +37,10 @@ class Samples:
                  anchors: Sequence[Anchor]) -> None:
         self.refusals: dict[fx.Node, str] = {}
         self.values: dict[fx.Node, Any] | None = None
+        self.reason: str | None = None
         shape = shape_of(root)
         if len(shape) > 3:
-            self.refusals[root] = f"the residual stream has {len(shape)} dimensions, and should have samples, tokens, features"
+            self.reason = f"{describe(root)}: the stream has {len(shape)} dimensions, not those of samples, tokens, features"
         batch_axis = 1 if axis == 0 else 0
         if len(shape) != 3 or shape[batch_axis] == 1:
             return
@@ -63,13 +63,14 @@ class Samples:
             if symbolic_axes(counted) and (lost or len(symbolic_axes(value)) > 1):
                 self.refusals[node] = _MIXED
         for anchor in anchors:
-            if anchor.key_axis in symbolic_axes(self.values.get(anchor.k)) and symbolic_axes(tokens.values.get(anchor.k)):
+            across = anchor.key_axis in symbolic_axes(self.values.get(anchor.k))
+            if across and symbolic_axes(tokens.values.get(anchor.k)):
                 self.refusals[anchor.softmax] = _MIXED
 
     def refuse_anchor(self, anchor: Anchor) -> str | None:
         """Why an attention's queries and keys cannot be taken apart into samples; None if they can."""
         if self.values is None:
-            return None
+            return self.reason
         for node in (anchor.q, anchor.k):
             value = self.values.get(node)
             if value is None or not self._leads(value, 0):
@@ -80,7 +81,7 @@ class Samples:
         return symbolic_axes(value) == [axis]
 
     def _runs_ahead(self, source: fx.Node, node: fx.Node, value: Abstract, tokens: Propagation) -> bool:
-        """Whether a reshape folds a dimension that is ahead of the samples, and is not the tokens, into one with them."""
+        """Whether a reshape folds what is ahead of the samples, and is not the tokens, into one dimension with them."""
         assert self.values is not None
         before = self.values[source]
         folded = [d for d in symbolic_axes(value) if not value.shape[d].is_Symbol]

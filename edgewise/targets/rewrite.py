@@ -141,9 +141,9 @@ def _argsort(graph: Graph, node: Node) -> None:
 
 
 def _movedim(graph: Graph, node: Node) -> None:
-    value, source, destination = node.args
+    value, source, destination = arguments(node)
     order = list(range(node.meta["val"].ndim))
-    order.insert(destination % len(order), order.pop(source % len(order)))  # type: ignore[operator]
+    order.insert(destination % len(order), order.pop(source % len(order)))
     become(node, aten.permute.default, (value, order))
 
 

@@ -51,9 +51,7 @@ def unlifted(exported: torch.export.ExportedProgram) -> GraphModule:
             if not node.users:
                 continue
             target = weights[node.name]
-            tensor = (
-                exported.state_dict[target] if target in exported.state_dict else exported.constants[target]
-            )
+            tensor = exported.state_dict[target] if target in exported.state_dict else exported.constants[target]
             root.register_buffer(node.name, tensor.detach())
             copies[node] = graph.get_attr(node.name)
             copies[node].meta = dict(node.meta)
