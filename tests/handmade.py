@@ -18,7 +18,7 @@ class Shape:
     tokens: int = 20
     width: int = 24
     heads: int = 2
-    depth: int = 3
+    depth: int = 2
     batch: int = 1
     prefix: int = 1
     order: str = "pre"  # pre, post, parallel

@@ -142,5 +142,5 @@ def test_a_stream_of_four_dimensions_is_refused() -> None:
 
     program = capture(Deep().eval(), {"x": torch.randn(2, 3, 9, 12)})
     for spec in ("tome:r=2", "topk:keep=4"):
-        with pytest.raises(EdgewiseError, match="4 dimensions"):
+        with pytest.raises(EdgewiseError, match="stream of 4 dimensions"):
             compress(program, spec)

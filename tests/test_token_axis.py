@@ -112,7 +112,7 @@ def run(model: Plain, program: Program, inputs: dict[str, Any], spec: str) -> tu
     return relative_error(ours, theirs), compressed, state
 
 
-SPECS = ["tome:keep=0.5", "topk:keep=0.5", "topk@encoder.block[0]:keep=0.5", "tome@encoder.block[0]:r=1"]
+SPECS = ["tome:keep=0.5", "topk:keep=0.5", "topk@encoder.block[0]:keep=0.5"]
 
 
 @pytest.mark.parametrize("name", EXACT)

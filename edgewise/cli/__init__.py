@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -66,7 +66,7 @@ def _root(
     return Result({"verbs": sorted(_VERBS)})
 
 
-_VERBS = {
+_VERBS: dict[str, Callable[..., Result]] = {
     "export": export.export,
     "inspect": inspect.inspect,
     "verify": verify.verify,

@@ -121,7 +121,7 @@ def targets(
 
 
 def _target(target: Any) -> dict[str, Any]:
-    lacks = {}
+    lacks: dict[str, str | None] = {}
     for key, runtime_only in (("export_lacks", False), ("run_lacks", True)):
         try:
             target.check(runtime_only=runtime_only)

@@ -46,7 +46,9 @@ def capture(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
             raise InputError(_explain(module, error)) from error
     program = from_exported(exported, args, kwargs)
     expected = {
-        n: v.detach() for n, v in zip(program.output_names, pytree.tree_leaves(outputs), strict=True) if isinstance(v, Tensor)
+        n: v.detach()
+        for n, v in zip(program.output_names, pytree.tree_leaves(outputs), strict=True)
+        if isinstance(v, Tensor)
     }
     return program.with_role(expected=expected)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from edgewise.ops.match import similarity
 from edgewise.passes.graph import parameters_of, user_inputs
 from edgewise.passes.legalise import is_compression_op, op_name
 
@@ -39,6 +40,9 @@ class Runner(fx.Interpreter):
         self._names = output_names
         self._realised = dict(realised or {})
         self.decisions: dict[str, np.ndarray] = {}
+        self.margin = float("inf")
+        """The smallest difference between two scores whose order decided something, over all runs; exact ties, which go to
+        the lowest index everywhere, are left out."""
         self.checked: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Outputs:
@@ -47,11 +51,14 @@ class Runner(fx.Interpreter):
         values = [inputs[name] if name in inputs else self._weights[name] for name in self._placeholders]
         with torch.no_grad():
             flat = self.run(*values)
-        return {name: as_array(value) for name, value in zip(self._names, flat, strict=True) if isinstance(value, Tensor)}
+        return {
+            name: as_array(value) for name, value in zip(self._names, flat, strict=True) if isinstance(value, Tensor)
+        }
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if is_compression_op(n):
+            self.margin = min(self.margin, _margin(op_name(n), self.fetch_args_kwargs_from_env(n)[0]))
             self._check(n, value)
         if is_compression_op(n) and n.name.startswith(("bipartite_match", "top_tokens")):
             kept = value[0] if isinstance(value, (tuple, list)) else value
@@ -67,6 +74,25 @@ class Runner(fx.Interpreter):
             for i, (ours, theirs) in enumerate(pairs):
                 results = self.checked.setdefault(label, {}).setdefault(f"{op}.{i}", [])
                 results.append((as_array(ours).ravel(), as_array(theirs).ravel()))
+
+
+def _margin(op: str, args: Any) -> float:
+    """How close the nearest decision of a compression op was: a difference of scores below it would change the result."""
+    if op == "bipartite_match":
+        metric, r, protected = args
+        scores = similarity(metric, protected)
+        best = scores.amax(-1).sort(dim=-1, descending=True).values
+        gaps = [best[:, :-1] - best[:, 1:] if not protected else best[:, r - 1] - best[:, r]]
+        pair = scores.topk(min(2, scores.shape[-1]), dim=-1).values
+        gaps.append(pair[:, :, 0] - pair[:, :, -1])
+    elif op == "top_tokens":
+        score, keep, protected = args
+        ranked = score[:, protected:].sort(dim=-1, descending=True).values
+        gaps = [(ranked[:, keep - 1] - ranked[:, keep]) / ranked.abs().amax()] if keep < ranked.shape[1] else []
+    else:
+        gaps = []
+    gaps = [g[(g > 0) & g.isfinite()] for g in gaps]
+    return min((float(g.min()) for g in gaps if g.numel()), default=float("inf"))
 
 
 def as_array(value: Tensor) -> np.ndarray:

@@ -103,12 +103,20 @@ def rows_at(x: Tensor, index: Tensor) -> Tensor:
 
 @realisation("bipartite_match", TOPK)
 def _(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
-    best, partner = similarity(metric, protected).max(dim=-1)
-    order = best.sort(dim=-1, descending=True, stable=True).indices
+    scores = similarity(metric, protected)
+    order = scores.amax(dim=-1).sort(dim=-1, descending=True, stable=True).indices
     chosen, rest = order[:, :r], order[:, r:]
     if protected:
         rest = rest.sort(dim=-1).values
-    return positions(chosen, rest, rows_at(partner[:, :, None], chosen)[:, :, 0], metric.shape[1], protected)
+    return positions(chosen, rest, first_best(rows_at(scores, chosen)), metric.shape[1], protected)
+
+
+def first_best(scores: Tensor) -> Tensor:
+    """The lowest index of each row's maximum `(B, R, N) -> (B, R)`, by equality: OpenVINO lowers the index of a maximum to a
+    TopK that does not keep ties in order."""
+    count = scores.shape[-1]
+    place = torch.arange(count, device=scores.device)
+    return torch.where(scores == scores.amax(dim=-1, keepdim=True), place, count).amin(dim=-1)
 
 
 @realisation("bipartite_match", FREE)

@@ -40,7 +40,7 @@ class Samples:
         self.reason: str | None = None
         shape = shape_of(root)
         if len(shape) > 3:
-            self.reason = f"{describe(root)}: the stream has {len(shape)} dimensions, not those of samples, tokens, features"
+            self.reason = f"{describe(root)}: a stream of {len(shape)} dimensions, not samples, tokens, features"
         batch_axis = 1 if axis == 0 else 0
         if len(shape) != 3 or shape[batch_axis] == 1:
             return
