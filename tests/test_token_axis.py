@@ -122,7 +122,7 @@ def test_exact(name: str) -> None:
     program = program_of(model, inputs)
     for spec in SPECS:
         error, compressed, state = run(model, program, inputs, spec)
-        left = shape.prefix + (shape.tokens - 1 if "r=1" in spec else shape.tokens // 2)
+        left = shape.prefix + shape.tokens // 2
         assert compressed.sites[-1].tokens_out == left == state.counts[-1]
         assert error < 1e-5, f"{spec}: {error:.3g}"
 

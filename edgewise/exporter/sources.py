@@ -113,7 +113,8 @@ def _python(model: str, shapes: dict[str, tuple[int, ...]], seed: int) -> Source
         made = factory()
     except Exception as error:
         raise InputError(f"{model} raised {type(error).__name__}: {error}") from error
-    args, kwargs = (), {}
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(made, tuple):
         made, example = made
         args, kwargs = (
@@ -153,8 +154,8 @@ def _hugging_face(
 
     from edgewise.exporter.capture import quiet
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     local = Path(model)
     if local.exists() and not (local / "config.json").is_file():
         raise InputError(f"{local} holds no config.json: give the folder of a Hugging Face model, or a .pt2 file")

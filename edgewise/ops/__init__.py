@@ -7,8 +7,8 @@ captured program keeps them as one node until a target chooses a realisation.
 """
 from edgewise.ops.apply import Compressed, apply
 from edgewise.ops.match import bipartite_match
-from edgewise.ops.reduce import merge, take
 from edgewise.ops.methods import METHODS, Method, Parameter, Reduced, Tokens, method
+from edgewise.ops.reduce import merge, take
 from edgewise.ops.select import top_tokens
 
 __all__ = [

@@ -16,7 +16,7 @@ def kept_count(keep: float | int, free: int) -> int:
     """
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or math.isnan(keep):
         raise ValueError(f"keep={keep!r} is not a number")
-    if isinstance(keep, float) and not keep.is_integer() or keep == 1.0 and isinstance(keep, float):
+    if (isinstance(keep, float) and not keep.is_integer()) or (keep == 1.0 and isinstance(keep, float)):
         if not 0 < keep <= 1:
             raise ValueError(f"keep={keep:g} is out of range: a fraction lies above 0 and up to 1.0; "
                              f"a count is a whole number from 1 to {free}")

@@ -36,7 +36,7 @@ def bipartite_match(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Ten
         `src (B, r)`: input tokens that are merged away, most similar first.
         `into (B, r)`: the output position that each of `src` is merged into.
     """
-    batch, count, _ = metric.shape
+    _batch, count, _ = metric.shape
     if not 0 <= r <= max_merges(count, protected):
         raise ValueError(f"r={r} is out of range: 0 to {max_merges(count, protected)} for {count} tokens, "
                          f"{protected} of them protected")
@@ -77,5 +77,5 @@ def assemble(chosen: Tensor, rest: Tensor, partner: Tensor, count: int, protecte
 @bipartite_match.register_fake
 def _(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, count, _ = metric.shape
-    index = {"dtype": torch.int64, "device": metric.device}
-    return torch.empty(batch, count - r, **index), torch.empty(batch, r, **index), torch.empty(batch, r, **index)
+    kept, src, into = (metric.new_empty((batch, n), dtype=torch.int64) for n in (count - r, r, r))
+    return kept, src, into

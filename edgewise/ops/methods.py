@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from edgewise.ops.match import bipartite_match, max_merges
-from edgewise.ops.reduce import merge, take
 from edgewise.ops.pool import grid_pool, pooled_grid
+from edgewise.ops.reduce import merge, take
 from edgewise.ops.score import attention_received
 from edgewise.ops.select import top_tokens
 

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -45,7 +46,7 @@ class Anchor:
         return len(shape_of(self.k)) - (1 if self.transposed_k else 2)
 
 
-_MATMULS = {aten.matmul.default: (0, 1), aten.bmm.default: (0, 1), aten.mm.default: (0, 1),
+_MATMULS: dict[Any, tuple[int, int]] = {aten.matmul.default: (0, 1), aten.bmm.default: (0, 1), aten.mm.default: (0, 1),
             aten.baddbmm.default: (1, 2)}
 _SOFTMAXES = {aten.softmax.int, aten._softmax.default}
 _ADDS = {aten.add.Tensor}
@@ -76,7 +77,7 @@ def elementwise(node: fx.Node) -> bool:
 
 
 def _fused(node: fx.Node, index: int) -> Anchor:
-    given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args)) | dict(node.kwargs)
+    given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)) | dict(node.kwargs)
     q, k, mask = given["query"], given["key"], given.get("attn_mask")
     scale = given.get("scale")
     assert isinstance(q, fx.Node) and isinstance(k, fx.Node)
@@ -97,9 +98,10 @@ def _unfused(softmax: fx.Node, index: int) -> Anchor | None:
     return Anchor(index, q, k, softmax, out, transposed_k=True)
 
 
-def _first(softmax: fx.Node, neighbours: object) -> fx.Node | None:
+def _first(softmax: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]) -> fx.Node | None:
     """The nearest matrix product in one direction, past elementwise ops, masks and reshapes."""
-    queue, seen = list(neighbours(softmax)), set()  # type: ignore[operator]
+    queue: list[fx.Node] = list(neighbours(softmax))
+    seen: set[fx.Node] = set()
     while queue and len(seen) < _SEARCH:
         node = queue.pop(0)
         if node in seen:
@@ -108,7 +110,7 @@ def _first(softmax: fx.Node, neighbours: object) -> fx.Node | None:
         if node.target in _MATMULS:
             return node
         if node.op == "call_function" and (elementwise(node) or node.target in _KEEP_TOKENS or _moves_heads(node)):
-            queue += neighbours(node)  # type: ignore[operator]
+            queue += neighbours(node)
     return None
 
 

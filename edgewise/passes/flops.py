@@ -53,7 +53,7 @@ def flops_by_part(program: ExportedProgram, analysis: Analysis) -> dict[str, int
     ends: list[tuple[int, str]] = []
     for stream in analysis.streams:
         ends.append((order.get(stream.root, 0), f"{stream.name}.embed"))
-        for place, following in zip(stream.blocks, [*stream.blocks[1:], None]):
+        for place, following in zip(stream.blocks, [*stream.blocks[1:], None], strict=False):
             ends.append((order[place.node], f"{place.name}.attention"))
             if following is not None and following.anchor.residual in order:
                 ends.append((order[following.anchor.residual], f"{place.name}.mlp"))

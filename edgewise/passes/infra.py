@@ -55,7 +55,9 @@ class Sequential(Pass):
         self.passes = tuple(passes)
 
     def call(self, program: ExportedProgram) -> PassResult:
-        modified, notes, ran = False, [], []
+        modified = False
+        notes: list[str] = []
+        ran: list[str] = []
         for step in self.passes:
             try:
                 result = step(program)

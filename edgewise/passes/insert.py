@@ -152,7 +152,7 @@ class _Insertion:
 
     def _compare(self, node: fx.Node, proven: Any) -> None:
         value = node.meta["val"]
-        for ours, theirs in zip(*((proven, value) if isinstance(value, (list, tuple)) else ([proven], [value]))):
+        for ours, theirs in zip(*((proven, value) if isinstance(value, (list, tuple)) else ([proven], [value])), strict=False):
             expected = tuple(int(n.xreplace(self.counts)) if isinstance(n, sympy.Expr) else n for n in ours.shape)
             if isinstance(theirs, Tensor) and tuple(theirs.shape) != expected:
                 raise PassError(f"Pass developer: {describe(node)} came out as {tuple(theirs.shape)}, proven {expected}")
@@ -255,7 +255,7 @@ class _Insertion:
                     raise Refused("under a causal mask early tokens receive more attention whatever they hold",
                                   node=softmax.name, source=source_line(softmax) or None, method=step.method.name)
                 if anchor.fused:
-                    given = dict(zip(("q", "k", "v", "mask"), softmax.args))
+                    given = dict(zip(("q", "k", "v", "mask"), softmax.args, strict=False))
                     operands |= {"q": given["q"], "k": given["k"], "mask": given.get("mask")}  # type: ignore[dict-item]
                 else:
                     operands["weights"] = softmax
@@ -265,7 +265,7 @@ class _Insertion:
             names = list(operands)
 
             def reduce(*values: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-                return _reduce(step, anchor, self.stream, dict(zip(names, values)), values[len(names):])
+                return _reduce(step, anchor, self.stream, dict(zip(names, values, strict=False)), values[len(names):])
 
             return self._emit(reduce, [*operands.values(), *crossed], x, f"{Insert.name}:{step.method.name}")
 

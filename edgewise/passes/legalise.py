@@ -48,7 +48,7 @@ class Legalise(Pass):
 
         def call(*tensors: torch.Tensor) -> object:
             args = list(node.args)
-            for i, tensor in zip(where, tensors):
+            for i, tensor in zip(where, tensors, strict=False):
                 args[i] = tensor  # type: ignore[call-overload]
             return function(*args)
 
@@ -59,7 +59,7 @@ class Legalise(Pass):
         if isinstance(made, (tuple, list)):
             for user in list(node.users):
                 assert user.target is operator.getitem
-                user.replace_all_uses_with(made[user.args[1]])
+                user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
                 editor.graph.erase_node(user)
         else:
             node.replace_all_uses_with(made)

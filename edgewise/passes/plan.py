@@ -196,7 +196,8 @@ def _no_streams(analysis: Analysis, method: str) -> Refused:
 
 
 def _steps(stream: Stream, entries: list[tuple[Place, Spec]], notes: list[str]) -> list[Step]:
-    count, steps = stream.tokens, []
+    count = stream.tokens
+    steps: list[Step] = []
     schedules: dict[int, list[int]] = {}
     position: dict[int, int] = {}
     for place, spec in entries:

@@ -32,8 +32,8 @@ class Site:
 class Program:
     """One captured component.
 
-    `exported` is the graph as it is now; `base` the cleaned uncompressed one; `inputs` example tensors by name, and `expected` what the
-    eager model gave on them (empty for a program that came without its model);
+    `exported` is the graph as it is now; `base` the cleaned uncompressed one; `inputs` example tensors by name, and
+    `expected` what the eager model gave on them (empty for a program that came without its model);
     `output_names` the names of the flat outputs; `notes` what was adjusted on the way.
     """
 
@@ -70,7 +70,7 @@ class Program:
         return self.exported.module()
 
     def with_role(self, **known: Any) -> Program:
-        """The same, `known` fields replaced, with the role of its only stream of tokens, or `model` where it has several or none."""
+        """The same, `known` fields replaced, with the role of its only stream of tokens (`model`: it has several or none)."""
         roles = [s.role for s in self.analysis.streams]
         role = roles[0] if len(roles) == 1 else "model"
         named = replace(self, role=role, **known)
@@ -100,9 +100,9 @@ def compress(program: Program, *specs: str) -> Program:
         return program
     plan, notes = make_plan(program.analysis, parsed)
     exported = program.base
-    for stream, steps in plan:
-        exported = Insert(stream, steps, program.analysis.engine)(exported).program
-    steps = tuple(step for _, steps in plan for step in steps)
+    for stream, planned in plan:
+        exported = Insert(stream, planned, program.analysis.engine)(exported).program
+    steps = tuple(step for _, planned in plan for step in planned)
     compressed = replace(program, exported=exported, specs=parsed, steps=steps, notes=tuple(notes))
     # The analysis is of the uncompressed graph, which is the same: do not make it twice.
     compressed.__dict__["analysis"] = program.analysis

@@ -22,7 +22,7 @@ Size = Any
 """An int or a sympy expression over token counts."""
 
 
-class SampleCount(sympy.Symbol):
+class SampleCount(sympy.Symbol):  # type: ignore[misc]
     """A number of samples. Where it was folded with something else it came first, so it comes first again."""
 
 
@@ -88,7 +88,8 @@ class Engine:
         key = (target, spec, tuple((type(leaf), leaf) for leaf in asked), tuple(hints.items()))
         if key not in self._known:
             try:
-                self._known[key] = _run(target, *tree_unflatten(asked, spec), hints)
+                positional, named = tree_unflatten(asked, spec)
+                self._known[key] = _run(target, positional, named, hints)
             except Exception as error:  # remembered, and raised below like any other time it is asked
                 self._known[key] = error
         known = self._known[key]
@@ -143,7 +144,7 @@ def _run(target: Callable[..., Any], args: Any, kwargs: Any, hints: dict[sympy.S
     guards = [g.expr.xreplace(ours) for g in env.guards]
     equal = [g for g in guards if isinstance(g, sympy.Eq)]
     equal += [sympy.Eq(their.xreplace(ours), value.xreplace(ours)) for their, value in env.replacements.items()]
-    pinned = [str(g) for g in equal if isinstance(g, sympy.Eq) and sympy.expand(g.lhs - g.rhs) != 0 or g is sympy.false]
+    pinned = [str(g) for g in equal if (isinstance(g, sympy.Eq) and sympy.expand(g.lhs - g.rhs) != 0) or g is sympy.false]
     if pinned:
         raise Pinned("; ".join(dict.fromkeys(pinned)))
     return tree_map_only(Tensor, abstract, out)

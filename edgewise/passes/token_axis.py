@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from edgewise.passes import token_rules
 from edgewise.passes.anchors import elementwise
 from edgewise.passes.symbolic import Abstract, Engine, Pinned, Size
-from edgewise.passes.token_rules import NoRule, symbolic_axes
+from edgewise.passes.token_rules import NoRule
 
 aten = torch.ops.aten
 
@@ -130,7 +130,7 @@ class Propagator:
         args = fx.node.map_arg(node.args, load)
         kwargs = fx.node.map_arg(node.kwargs, load)
         if not callable(node.target) or not isinstance(node.target, torch._ops.OpOverload):
-            return node.target(*args, **kwargs)  # getitem
+            return node.target(*args, **kwargs)  # type: ignore[operator]  # getitem
         args, routes = self._align(node, args, kwargs)
         before = [static_abstract(a).shape if isinstance(a, fx.Node) and a.meta.get("val") is not None else None
                   for a in node.args]
@@ -150,7 +150,7 @@ class Propagator:
     def _check_hints(self, node: fx.Node, out: Any) -> None:
         """At the captured counts the propagated shapes must be the captured ones."""
         captured = node.meta["val"]
-        pairs = zip(out, captured) if isinstance(out, (list, tuple)) else [(out, captured)]
+        pairs = zip(out, captured, strict=False) if isinstance(out, (list, tuple)) else [(out, captured)]
         for ours, theirs in pairs:
             if isinstance(ours, Abstract) and tuple(self.engine.hint(n) for n in ours.shape) != tuple(theirs.shape):
                 raise NoRule(f"its shape does not follow the token count: {ours.shape} against {tuple(theirs.shape)}")
@@ -190,7 +190,7 @@ class Propagator:
         return elementwise(node) or node.target in token_rules.ROUTABLE_OPERANDS or node.target is aten.cat.default
 
     def _may_route(self, node: fx.Node, place: int) -> bool:
-        return place in token_rules.ROUTABLE_OPERANDS.get(node.target, {place})
+        return place in token_rules.ROUTABLE_OPERANDS.get(node.target, {place})  # type: ignore[call-overload]
 
     def _behind(self, size: Size, highest: int) -> bool:
         """Whether a size counts tokens of before the newest cut that the node sees (or may do so, being a number)."""
@@ -199,7 +199,7 @@ class Propagator:
 
     def _fits(self, node: fx.Node, args: Any, kwargs: Any) -> bool:
         try:
-            self._check_hints(node, self.engine.call(node.target, args, kwargs))
+            self._check_hints(node, self.engine.call(node.target, args, kwargs))  # type: ignore[arg-type]
         except (Pinned, NoRule, RuntimeError, ValueError, IndexError, TypeError):
             return False
         return True

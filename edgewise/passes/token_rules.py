@@ -75,7 +75,7 @@ def rewrite(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: 
     """
     if target in LITERALS:
         return LITERALS[target](args, before, after, hint)
-    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags or target in ANY:
+    if (isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags) or target in ANY:
         return Rewrite(args)
     if target in OTHER_AXES:
         _check_other_axes(target, args, kwargs)
@@ -90,7 +90,7 @@ def rewrite(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: 
 
 
 def _check_other_axes(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = dict(zip((a.name for a in target._schema.arguments), args)) | kwargs
+    given = dict(zip((a.name for a in target._schema.arguments), args, strict=False)) | kwargs
     source = next(a for a in args if isinstance(a, Abstract))
     defaults = {a.name: a.default_value for a in target._schema.arguments}
     axis = next((given.get(name, defaults.get(name)) for name in ("dim", "dims", "axis") if name in defaults), None)
@@ -217,7 +217,8 @@ def _select(args: tuple[Any, ...], before: Sequence[Any], after: Sequence[int], 
 
 
 def _slice(args: tuple[Any, ...], before: Sequence[Any], after: Sequence[int], hint: Callable[[Size], int]) -> Rewrite:
-    source, axis, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1:])
+    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+    source, axis, start, end, step = args + defaults[len(args) :]
     axis %= len(source.shape)
     if axis not in symbolic_axes(source):
         return Rewrite(args)
