@@ -1,10 +1,11 @@
 """What a compression op computes: reference semantics in plain torch.
 
-The algebra (score, select, reduce) lives in `score`, `select`, `match`, `pool` and `reduce`; `methods` joins the parts into
-named methods, and `apply` calls one of them eagerly. The decisions and reductions that a target may want in another
-form (`bipartite_match`, `top_tokens`, `take`, `merge`) are registered as `torch.library` ops `edgewise::*`, so that a
-captured program keeps them as one node until a target chooses a realisation.
+The algebra (score, select, reduce) lives in `score`, `select`, `match`, `pool` and `reduce`. `catalogue` joins the parts into
+named methods (`methods` says what a method is), and `apply` calls one of them eagerly. The decisions and reductions that a
+target may want in another form (`bipartite_match`, `top_tokens`, `take`, `merge`) are registered as `torch.library` ops
+`edgewise::*`, so that a captured program keeps them as one node until a target chooses a realisation.
 """
+from edgewise.ops import catalogue as _catalogue  # noqa: F401 (it registers the methods)
 from edgewise.ops.apply import Compressed, apply
 from edgewise.ops.match import bipartite_match
 from edgewise.ops.methods import METHODS, Method, Parameter, Reduced, Tokens, method

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -33,21 +34,25 @@ def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int 
     """Compress `tokens (B, N, C)` once by the method `name`.
 
     Args:
-        keep: tokens that stay besides the protected: a fraction (float up to 1.0) or a count (int).
+        keep: tokens that stay besides the protected and besides those that the method makes itself (context tokens): a
+            fraction (float up to 1.0) or a count (int).
         r: tokens that go; give `keep` or `r`.
         attention: `(B, heads, Q, N)` with all query rows (`Q = N`), or only the rows that the score should use.
         queries, keys: `(B, N, D)`; the keys are also what similarity methods compare (the tokens where not given).
         size: `(B, N, 1)`, how many original tokens each one stands for.
         text: `(T, D)` text embedding, for text-guided methods. grid: the shape of the unprotected tokens.
-        frames: number of frames, for video methods. length: `(B,)` valid tokens; padding goes first.
+        frames: number of frames, for video methods. length: `(B,)`, how many leading tokens of each sample are real, the
+            protected included; the rest is padding, and goes first.
         protected: leading tokens that are never touched; the first of them is the class token.
 
     Raises ValueError for an unknown method or parameter, a count out of range, or an input that is needed and
     missing, or given and not understood by the method.
     """
     entry = _find(name)
+    understood = {"text": "text" in entry.needs, "length": entry.pads,
+                  "frames": bool({"frames", "grid"} & set(entry.needs))}
     unused = [key for key, value in {"text": text, "frames": frames, "length": length}.items()
-              if value is not None and key not in _understood(entry)]
+              if value is not None and not understood[key]]
     if unused:
         raise ValueError(f"method {name!r} does not use {', '.join(unused)}; it would be ignored")
     _check_parameters(entry, parameters)
@@ -56,8 +61,20 @@ def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int 
     count = tokens.shape[1]
     if not 0 <= protected < count:
         raise ValueError(f"protected={protected} is out of range: 0 to {count - 1} for {count} tokens")
-    grid = grid if grid is not None or "grid" not in entry.needs else _square(count - protected)
-    wanted = count_to_keep(entry, keep, r, count, protected, grid, parameters)
+    if "text" in entry.needs and text is None:
+        raise ValueError(f"method {name!r} needs text (T, D)")
+    if grid is not None and prod(grid) != count - protected:
+        raise ValueError(f"the grid {grid} has {prod(grid)} cells, and {count - protected} tokens are not protected")
+    frames = frames if frames is not None or grid is None or len(grid) < 3 else grid[0]
+    if frames is not None and (frames < 1 or (count - protected) % frames):
+        raise ValueError(f"{count - protected} tokens do not fall into {frames} equal frames")
+    if "frames" in entry.needs and frames is None:
+        raise ValueError(f"method {name!r} needs frames=..., or a grid (frames, height, width)")
+    if grid is None and "grid" in entry.needs:
+        grid = _square(count - protected, frames)
+    given = {p.name: p.default for p in entry.parameters if p.name not in ("keep", "r", "schedule")} | parameters
+    wanted = count_to_keep(entry, keep, r, count, protected, grid, frames, given)
+    padding = None if length is None else torch.arange(count, device=tokens.device) >= length.reshape(-1, 1)
 
     def attend(rows: slice) -> Tensor:
         if attention is not None:
@@ -66,8 +83,9 @@ def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int 
             raise ValueError(f"method {name!r} needs attention (B, heads, queries, N), or queries and keys (B, N, D)")
         return attention_rows(queries[:, None, rows], keys[:, None], keys.shape[-1] ** -0.5)
 
-    result = entry.reduce(Tokens(tokens, size, tokens if keys is None else keys, attend, grid, length, protected,
-                                 has_class=protected > 0), keep=wanted, **parameters)
+    result = entry.reduce(
+        Tokens(tokens, size, tokens if keys is None else keys, attend, grid, padding, protected, has_class=protected > 0,
+               queries=queries, text=text, frames=frames), keep=wanted, **given)
     assignment = result.assignment()
     new_size = result.size
     if new_size is None:
@@ -87,10 +105,6 @@ def _find(name: str) -> Method:
     return METHODS[name]
 
 
-def _understood(entry: Method) -> tuple[str, ...]:
-    return (*entry.needs, *(("length",) if entry.name == "topk" else ()))
-
-
 def _check_parameters(entry: Method, parameters: dict[str, Any]) -> None:
     known = {p.name: p for p in entry.parameters}
     for key, value in parameters.items():
@@ -98,13 +112,12 @@ def _check_parameters(entry: Method, parameters: dict[str, Any]) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"method {entry.name!r} has no parameter {key!r}"
                              + (f": did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(known)}")
-        choices = known[key].choices
-        if choices and value not in choices:
-            raise ValueError(f"{key}={value!r}: one of {', '.join(choices)}")
+        known[key].check(value)
 
 
-def _square(count: int) -> tuple[int, int]:
-    side = round(count ** 0.5)
-    if side * side != count:
-        raise ValueError(f"{count} tokens are not a square grid: give grid=(height, width)")
-    return side, side
+def _square(count: int, frames: int | None) -> tuple[int, ...]:
+    """Where no grid is given: a square image, or square frames."""
+    side = round((count // (frames or 1)) ** 0.5)
+    if side * side * (frames or 1) != count:
+        raise ValueError(f"{count} tokens are not a square grid: give grid=(height, width) or (frames, height, width)")
+    return (side, side) if frames is None else (frames, side, side)

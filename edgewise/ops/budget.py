@@ -30,11 +30,12 @@ def kept_count(keep: float | int, free: int) -> int:
 
 
 def count_to_keep(method: Method, keep: float | int | None, r: int | None, count: int, protected: int,
-                  grid: tuple[int, ...] | None, parameters: dict[str, Any]) -> int:
+                  grid: tuple[int, ...] | None, frames: int | None, parameters: dict[str, Any]) -> int:
     """Tokens that stay besides the `protected`, when `method` runs once on `count` tokens.
 
-    `keep` or `r` may be given, or neither where a parameter of the method (a stride) says the count; `parameters` is
-    completed with what gives that count. Raises ValueError that names the legal range.
+    `keep` or `r` may be given, or neither where other parameters say the count (a stride, a ratio). `parameters` holds the
+    method's others, defaults included, and is completed with what gives that count. Raises ValueError that names the legal
+    range.
     """
     free = count - protected
     if keep is not None and r is not None:
@@ -43,19 +44,21 @@ def count_to_keep(method: Method, keep: float | int | None, r: int | None, count
         raise ValueError(f"r={r} is out of range: 0 to {free - 1}")
     wanted = free - r if r is not None else None if keep is None else kept_count(keep, free)
     if method.legal_counts is not None:
-        legal = method.legal_counts(count, grid)
+        legal = method.legal_counts(free, grid)
         options = ", ".join(f"{n} ({', '.join(f'{k}={v}' for k, v in given.items())})" for n, given in legal.items())
         if wanted is None:
-            chosen = {k: v for k, v in parameters.items() if any(k in given for given in legal.values())}
-            chosen = chosen or {p.name: p.default for p in method.parameters if p.name != "keep"}
-            wanted = next((n for n, given in legal.items() if given == chosen), None)
+            wanted = next((n for n, given in legal.items() if all(parameters[k] == v for k, v in given.items())), None)
             if wanted is None:
-                raise ValueError(f"{chosen} does not fit the grid {grid}: it can keep {options or 'nothing less'}")
+                named = {k: parameters[k] for given in legal.values() for k in given} or parameters
+                raise ValueError(f"{', '.join(f'{k}={v}' for k, v in named.items())} does not fit the grid {grid}: it can keep "
+                                 f"{options or 'nothing less'}")
         elif wanted not in legal:
             raise ValueError(f"{method.name} cannot keep {wanted} of {free} tokens on the grid {grid}: "
                              f"it can keep {options or 'nothing less'}")
         parameters.update(legal[wanted])
         return wanted
+    if method.count is not None and wanted is None:
+        return method.count(free, grid, frames, parameters)
     if wanted is None:
         raise ValueError("give keep=... (tokens that stay: a fraction such as 0.5, or a count)"
                          + (" or r=... (tokens that go)" if method.merges else ""))

@@ -1,29 +1,31 @@
-"""Methods: named recipes of the algebra. A new method is one new entry here (or in any module that calls `method`)."""
+"""The algebra: what a method sees (`Tokens`), what it makes (`Reduced`), and the registry that holds the methods.
+
+The methods themselves are entries in `edgewise.ops.catalogue`. A new one is one new entry there, or in any module that calls
+`method`.
+"""
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from edgewise.ops.match import bipartite_match, max_merges
-from edgewise.ops.pool import grid_pool, pooled_grid
-from edgewise.ops.reduce import merge, take
-from edgewise.ops.score import attention_received
-from edgewise.ops.select import top_tokens
+from edgewise.ops.match import max_merges
+from edgewise.ops.reduce import take
 
 
 @dataclass(frozen=True)
 class Tokens:
     """All that a method may look at, at one site.
 
-    tokens `(B, N, C)`; size `(B, N, 1)` or None (one each); keys `(B, N, D)` attention keys averaged over heads;
-    `attend(rows)` gives the attention `(B, heads, queries, N)` of a slice of query rows (there may be more of them than
-    tokens are left); grid is the shape of the
-    tokens after the `protected` leading ones; `has_class` says that token 0 is a class token.
+    tokens `(B, N, C)`; size `(B, N, 1)` or None (one each); keys and queries `(B, N, D)`, those of the attention averaged
+    over heads; `attend(rows)` gives the attention `(B, heads, queries, N)` of a slice of query rows (there may be more of
+    them than tokens are left); grid is the shape of the tokens after the `protected` leading ones, `(T,)`, `(H, W)` or
+    `(frames, H, W)`; `frames` the number of equal parts (frames, tiles, segments) that they fall into, one after the other;
+    padding `(B, N)` is true where a token only fills up the length (None: nowhere); text `(T, D)` is a text embedding;
+    `has_class` says that token 0 is a class token.
     """
 
     tokens: Tensor
@@ -31,18 +33,29 @@ class Tokens:
     keys: Tensor | None = None
     attend: Callable[[slice], Tensor] | None = None
     grid: tuple[int, ...] | None = None
-    length: Tensor | None = None
+    padding: Tensor | None = None
     protected: int = 0
     has_class: bool = False
+    queries: Tensor | None = None
+    text: Tensor | None = None
+    frames: int | None = None
 
     @property
     def count(self) -> int:
         return self.tokens.shape[1]
 
+    @property
+    def free(self) -> int:
+        """How many tokens are not protected."""
+        return self.count - self.protected
+
 
 @dataclass(frozen=True)
 class Reduced:
-    """What a method made of one site's tokens. `kept (B, N')` is None where no output is one of the inputs (pooling);
+    """What a method made of one site's tokens.
+
+    tokens `(B, N', C)`: the protected, the kept, then those that it makes besides. `kept (B, N')` is the input that each
+    output is or is represented by, None where no output is one of the inputs (pooling), -1 for single ones that are none.
     `assignment (B, N)` says for every input the output it went to, -1 where dropped."""
 
     tokens: Tensor
@@ -53,24 +66,53 @@ class Reduced:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a method: its default, how text becomes a value, and what it means."""
+    """One parameter of a method: its default, what it means, and its legal range where it is a number.
+
+    The type of the default is the type of the parameter (bool, int, float, text); `optional` names the type where the default
+    is None.
+    """
 
     name: str
     default: Any
     help: str
     choices: tuple[str, ...] | None = None
+    least: float | None = None
+    most: float | None = None
+    optional: type = int
+
+    @property
+    def type(self) -> type:
+        return self.optional if self.default is None else type(self.default)
+
+    def check(self, value: Any) -> None:
+        """Raise ValueError, naming the legal values, if this parameter cannot be `value`."""
+        if self.choices is not None and value not in self.choices:
+            raise ValueError(f"{self.name}={value!r}: one of {', '.join(self.choices)}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return
+        if (self.least is not None and value < self.least) or (self.most is not None and value > self.most):
+            legal = (f"{self.least:g} to {self.most:g}" if self.least is not None and self.most is not None
+                     else f"at least {self.least:g}" if self.least is not None else f"at most {self.most:g}")
+            raise ValueError(f"{self.name}={value:g} is out of range: {legal}")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A named method. `reduce(tokens, keep, **parameters)` keeps `keep` tokens besides the protected ones."""
+    """A named method.
+
+    `reduce(tokens, keep, **parameters)` keeps `keep` tokens besides the protected ones, and puts `extra(parameters)` tokens of
+    its own behind them.
+    """
 
     name: str
     summary: str
     mechanism: str
     modalities: tuple[str, ...]
     sites: tuple[str, ...]
+    """Kinds of site: `block` (inside an encoder), `out` (its output), `projector` (`projector.in`, `projector.out`), `decoder`
+    (the input of a decoder's block)."""
     needs: tuple[str, ...]
+    """Of `keys`, `queries`, `attention`, `grid`, `frames`, `text`, `weights`."""
     paper: str
     limits: str
     reduce: Callable[..., Reduced] = field(repr=False)
@@ -80,8 +122,20 @@ class Method:
     merges: bool = False
     """Tokens grow: sizes are tracked, and attention is made proportional to them."""
     keeps_order: bool = True
-    legal_counts: Callable[[int, tuple[int, ...] | None], dict[int, dict[str, int]]] | None = field(default=None, repr=False)
+    represented: bool = True
+    """Every output is, or is represented by, one of the inputs: what has one entry for each token can follow."""
+    pads: bool = False
+    """It understands padding: padding is never chosen before real tokens, and no real token is merged with it."""
+    halves: bool = False
+    """At most half of the unprotected tokens go at one site."""
+    extra: Callable[[Mapping[str, Any]], int] = field(default=lambda _: 0, repr=False)
+    """Tokens that it makes besides the kept ones (context tokens)."""
+    widens: Callable[[Mapping[str, Any]], int] = field(default=lambda _: 1, repr=False)
+    """Factor on the number of features (unshuffling, stacking)."""
+    legal_counts: Callable[[int, tuple[int, ...] | None], dict[int, dict[str, Any]]] | None = field(default=None, repr=False)
     """Where not every count is possible: the legal ones (besides the protected) and the parameters that give them."""
+    count: Callable[[int, tuple[int, ...] | None, int | None, Mapping[str, Any]], int] | None = field(default=None, repr=False)
+    """Where the parameters say how many tokens stay: `count(free, grid, frames, parameters)`. Raises ValueError."""
 
 
 METHODS: dict[str, Method] = {}
@@ -90,10 +144,12 @@ KEEP = Parameter("keep", None, "tokens kept besides the protected: a fraction if
 
 
 def method(**entry: Any) -> Callable[[Callable[..., Reduced]], Callable[..., Reduced]]:
-    """Register the decorated function as the `reduce` of a new `Method`."""
+    """Register the decorated function as the `reduce` of a new `Method`; `aliases` are further names of the same."""
+    aliases = entry.pop("aliases", ())
 
     def register(reduce: Callable[..., Reduced]) -> Callable[..., Reduced]:
-        METHODS[entry["name"]] = Method(reduce=reduce, **entry)
+        for name in (entry["name"], *aliases):
+            METHODS[name] = Method(reduce=reduce, **{**entry, "name": name})
         return reduce
 
     return register
@@ -113,107 +169,7 @@ def assign(count: int, kept: Tensor, src: Tensor | None = None, into: Tensor | N
     return assignment if src is None or into is None else assignment.scatter_(1, src, into)
 
 
-@method(
-    name="tome", summary="Token merging: the most similar pairs become size-weighted means, at every block.",
-    mechanism="similarity", modalities=("image", "video", "audio"), sites=("block", "out"), needs=("keys",),
-    paper="Token Merging: Your ViT But Faster (ICLR 2023), arXiv 2210.09461", every_block=True, merges=True,
-    keeps_order=False,
-    limits="At most half of the unprotected tokens go at one site; r beyond that is clipped at later blocks, as published.",
-    parameters=(
-        KEEP,
-        Parameter("r", None, "tokens merged away at every block, or a list [r0,r1,...] with one number for each block"),
-        Parameter("schedule", "constant", "how r (or the removal that keep asks for) is spread over the blocks",
-                  ("constant", "increasing", "decreasing")),
-        Parameter("prop_attn", True, "add log(size) to later attention logits (off for models trained with merging)"),
-    ),
-)
-def _tome(t: Tokens, keep: int, **_: Any) -> Reduced:
-    assert t.keys is not None
-    kept, src, into = bipartite_match(t.keys, t.count - t.protected - keep, t.protected)
-    tokens, size = merge(t.tokens, t.size, kept, src, into)
-    return Reduced(tokens, size, kept, lambda: assign(t.count, kept, src, into))
-
-
-@method(
-    name="topk", summary="Keep the tokens that the class token (or all tokens on average) attends to most.",
-    mechanism="attention", modalities=("image", "video", "audio"), sites=("block", "out"), needs=("attention",),
-    paper="FasterVLM, arXiv 2412.01818; top-K for AST and AudioMAE, arXiv 2504.01690", limits="",
-    parameters=(
-        KEEP,
-        Parameter("score", "auto", "class: the class token's attention; column: mean attention received from all "
-                  "unprotected queries; auto: class where there is a class token", ("auto", "class", "column")),
-    ),
-)
-def _topk(t: Tokens, keep: int, score: str = "auto", **_: Any) -> Reduced:
-    assert t.attend is not None
-    if score == "class" and not t.has_class:
-        raise ValueError("score=class needs a class token, and this model has none: use score=column")
-    by_class = t.has_class if score == "auto" else score == "class"
-    rows = t.attend(slice(0, 1) if by_class else slice(t.protected, None))
-    received = attention_received(rows)
-    if t.length is not None:
-        padding = torch.arange(t.count, device=received.device) >= t.length.reshape(-1, 1)
-        received = received.masked_fill(padding, -torch.inf)
-    return drop(t, top_tokens(received, keep, t.protected))
-
-
-@method(
-    name="random", summary="Keep tokens at random: the baseline that every method must beat at equal count.",
-    mechanism="baseline", modalities=("image", "video", "audio"), sites=("block", "out"), needs=(),
-    paper="", limits="The choice is a constant of the graph: the same tokens for every input.",
-    parameters=(KEEP, Parameter("seed", 0, "seed of the choice")),
-)
-def _random(t: Tokens, keep: int, seed: int = 0, **_: Any) -> Reduced:
-    if not 1 <= keep <= t.count - t.protected:
-        raise ValueError(f"keep={keep} is out of range: 1 to {t.count - t.protected}")
-    free = sorted(random.Random(seed).sample(range(t.protected, t.count), keep))
-    kept = torch.tensor([[*range(t.protected), *free]], device=t.tokens.device)
-    return drop(t, kept.expand(t.tokens.shape[0], -1))
-
-
-def _pool_counts(count: int, grid: tuple[int, ...] | None) -> dict[int, dict[str, int]]:
-    if grid is None:
-        return {}
-    counts: dict[int, dict[str, int]] = {}
-    for stride in range(2, min(grid[-2:]) + 1):
-        cells = 1
-        for axis in pooled_grid(grid, stride):
-            cells *= axis
-        counts.setdefault(cells, {"stride": stride})
-    return counts
-
-
-@method(
-    name="pool", summary="Average pooling over the token grid.", mechanism="transformation",
-    modalities=("image", "video", "audio"), sites=("out",), needs=("grid",),
-    paper="LLaVA-NeXT, PLLaVA (arXiv 2404.16994), DeCo (arXiv 2405.20985)",
-    limits="Counts are those of a whole stride; a remainder of the grid is dropped. Frames of a video are pooled apart.",
-    parameters=(KEEP, Parameter("stride", 2, "cells averaged along each axis of the grid")), legal_counts=_pool_counts,
-)
-def _pool(t: Tokens, keep: int, stride: int = 2, **_: Any) -> Reduced:
-    assert t.grid is not None
-    free = t.tokens[:, t.protected:]
-    tokens = torch.cat([t.tokens[:, :t.protected], grid_pool(free, t.grid, stride)], dim=1)
-    size = None
-    if t.size is not None:
-        cells = stride ** min(len(t.grid), 2)
-        size = torch.cat([t.size[:, :t.protected], grid_pool(t.size[:, t.protected:], t.grid, stride) * cells], dim=1)
-
-    def assignment() -> Tensor:
-        assert t.grid is not None
-        pooled = pooled_grid(t.grid, stride)
-        target = torch.full(t.grid, -1, dtype=torch.int64)
-        cell = torch.arange(torch.tensor(pooled).prod().item()).reshape(pooled)
-        for axis in range(max(0, len(t.grid) - 2), len(t.grid)):
-            cell = cell.repeat_interleave(stride, dim=axis)
-        target[tuple(slice(n) for n in cell.shape)] = cell + t.protected
-        prefix = torch.arange(t.protected)
-        return torch.cat([prefix, target.flatten()]).to(t.tokens.device).expand(t.tokens.shape[0], -1)
-
-    return Reduced(tokens, size, None, assignment)
-
-
 def max_keep(entry: Method, count: int, protected: int) -> tuple[int, int]:
     """Least and most tokens (besides the protected) that `entry` can leave at one site of `count` tokens."""
     free = count - protected
-    return (free - max_merges(count, protected) if entry.merges else 1), free
+    return (free - max_merges(count, protected) if entry.halves else 1), free

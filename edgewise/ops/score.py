@@ -27,3 +27,8 @@ def attention_rows(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | N
 def attention_received(rows: Tensor) -> Tensor:
     """Mean attention `(B, N)` that each key receives, over heads and query rows `(B, H, Q, N)`."""
     return rows.mean(dim=(1, 2))
+
+
+def hide_padding(score: Tensor, padding: Tensor | None) -> Tensor:
+    """A score `(B, N)` that puts padding `(B, N)` behind every real token."""
+    return score if padding is None else score.masked_fill(padding, -torch.inf)

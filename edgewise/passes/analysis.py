@@ -58,6 +58,11 @@ class Stream:
     """Which part of a broken encoder this is: parts of one encoder are fed by the first of them."""
 
     @property
+    def frames(self) -> int | None:
+        """Frames of a video that the grid holds."""
+        return self.grid[0] if self.grid is not None and len(self.grid) == 3 else None
+
+    @property
     def places(self) -> list[Place]:
         return [*self.blocks, *([self.out] if self.out else [])]
 

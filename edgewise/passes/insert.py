@@ -109,7 +109,7 @@ class _Insertion:
         return proof
 
     def _check_route(self, node: fx.Node, route: Route, crossed: list[Step]) -> None:
-        pooled = [s for s in crossed if s.method.name == "pool"]
+        pooled = [s for s in crossed if not s.method.represented]
         merged = [s for s in crossed if s.method.merges]
         reason = None
         if pooled:
@@ -329,9 +329,10 @@ def _reduce(step: Step, anchor: Anchor, stream: Stream, given: dict[str, Tensor 
     keys = given.get("keys")
     keys = None if keys is None else heads(keys, anchor.transposed_k).mean(dim=1)
     result = step.method.reduce(
-        Tokens(tokens, given["size"], keys, attend, stream.grid, None, step.protected, has_class=stream.prefix > 0),
+        Tokens(tokens, given["size"], keys, attend, stream.grid, None, step.protected, has_class=stream.prefix > 0,
+               frames=stream.frames),
         keep=step.keep, **dict(step.parameters))
-    return _as_before(result.tokens, x, axis), result.size, result.kept
+    return _as_before(result.tokens, x, axis), result.size, result.kept if step.method.represented else None
 
 
 def _batch_first(x: Tensor, axis: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from edgewise.errors import InputError, Refused, unknown
 from edgewise.ops.budget import count_to_keep, kept_count, merge_schedule, spread_removal
 from edgewise.ops.match import max_merges
-from edgewise.ops.methods import METHODS, Method, Parameter
+from edgewise.ops import METHODS, Method, Parameter
 from edgewise.passes.analysis import Analysis, Place, Stream
 from edgewise.passes.graph import describe
 
@@ -26,7 +26,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class Step:
-    """One method at one site: of `tokens_in` tokens, `tokens_out` stay (the protected ones counted in both)."""
+    """One method at one site: of `tokens_in` tokens, `tokens_out` are left (the protected ones, and what the method makes
+    itself, are counted); `keep` are those that it chose."""
 
     place: Place
     method: Method
@@ -34,10 +35,7 @@ class Step:
     tokens_out: int
     parameters: tuple[tuple[str, Any], ...]
     protected: int
-
-    @property
-    def keep(self) -> int:
-        return self.tokens_out - self.protected
+    keep: int
 
 
 def parse_spec(text: str) -> Spec:
@@ -77,23 +75,34 @@ def _value(text: str, parameter: Parameter, value: str) -> Any:
         if value not in parameter.choices:
             raise unknown(f"value of {parameter.name} in {text!r}", value, parameter.choices)
         return value
-    if isinstance(parameter.default, bool):
-        if value.lower() not in ("true", "false", "on", "off", "1", "0"):
-            raise InputError(f"{text!r}: {parameter.name}={value} is not true or false")
-        return value.lower() in ("true", "on", "1")
     if parameter.name == "r" and value.startswith("["):
         if not re.fullmatch(r"\[\s*\d+(\s*,\s*\d+)*\s*\]", value):
             raise InputError(f"{text!r}: r={value} is not a list of whole numbers such as [16,8,0]")
         return [int(n) for n in value[1:-1].split(",")]
     try:
-        return int(value)
+        number = _parse(parameter, value)
+        parameter.check(number)
+    except ValueError as error:
+        raise InputError(f"{text!r}: {error}") from None
+    return number
+
+
+def _parse(parameter: Parameter, value: str) -> Any:
+    if parameter.type is str:
+        return value
+    if parameter.type is bool:
+        if value.lower() not in ("true", "false", "on", "off", "1", "0"):
+            raise ValueError(f"{parameter.name}={value} is not true or false")
+        return value.lower() in ("true", "on", "1")
+    try:
+        return int(value)  # the count, of what may also be a fraction
     except ValueError:
-        if parameter.name != "keep":
-            raise InputError(f"{text!r}: {parameter.name}={value} is not a whole number") from None
+        if parameter.type is int and parameter.name != "keep":
+            raise ValueError(f"{parameter.name}={value} is not a whole number") from None
     try:
         return float(value)
     except ValueError:
-        raise InputError(f"{text!r}: keep={value} is not a number") from None
+        raise ValueError(f"{parameter.name}={value} is not a number") from None
 
 
 def make_plan(analysis: Analysis, specs: Sequence[Spec]) -> tuple[list[tuple[Stream, list[Step]]], list[str]]:
@@ -219,14 +228,15 @@ def _steps(stream: Stream, entries: list[tuple[Place, Spec]], notes: list[str]) 
                 keep = free - merged
             else:
                 keep = count_to_keep(spec.method, spec.parameters.get("keep"), None, count, stream.protected, stream.grid,
-                                     parameters)
+                                     stream.frames, parameters)
         except ValueError as error:
             raise InputError(f"{spec.text!r} at {place.name} ({count} tokens, {stream.protected} of them protected): "
                              f"{error}") from error
-        if keep < free:
-            steps.append(Step(place, spec.method, count, stream.protected + keep, tuple(sorted(parameters.items())),
-                              stream.protected))
-            count = stream.protected + keep
+        extra = spec.method.extra(parameters)
+        if keep < free or extra or spec.method.widens(parameters) > 1:
+            after = stream.protected + keep + extra
+            steps.append(Step(place, spec.method, count, after, tuple(sorted(parameters.items())), stream.protected, keep))
+            count = after
     return steps
 
 
