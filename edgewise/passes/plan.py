@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgewise.errors import InputError, Refused, unknown
+from edgewise.ops import METHODS, Method, Parameter
 from edgewise.ops.budget import count_to_keep, kept_count, merge_schedule, spread_removal
 from edgewise.ops.match import max_merges
-from edgewise.ops import METHODS, Method, Parameter
 from edgewise.passes.analysis import Analysis, Place, Stream
 from edgewise.passes.graph import describe
 
