@@ -20,7 +20,7 @@ class OnnxRuntime(Target):
     description = "ONNX for ONNX Runtime, on any CPU"
     suffixes = (".onnx",)
     requirements = (
-        Requirement("onnxruntime", minimum="1.20.0", tested="1.31.1", extra="onnxruntime"),
+        Requirement("onnxruntime", minimum="1.20.0", tested="1.32.0", extra="onnxruntime"),
         Requirement("onnx", minimum="1.17.0", tested="1.23.2", extra="export", runtime=False),
         Requirement("onnxscript", minimum="0.5.0", tested="0.7.2", extra="export", runtime=False),
         Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
