@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,41 @@ def lower(
     model = _convert(prepare(exported, "openvino", input_names, output_names))
     _name(model, input_names, output_names)
     path = Path(folder) / f"{stem}.xml"
-    openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
-    return [path, path.with_suffix(".bin")]
+    files = [path, path.with_suffix(".bin")]
+    try:
+        openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
+    except RuntimeError as error:
+        # All that it says is "iostream error", whether the disk is full or the folder may not be written.
+        for part in files:
+            part.unlink(missing_ok=True)
+        _probe(path, _upper_size(model))
+        raise InputError(f"target openvino cannot write {path}: {_reason(error)}") from error
+    return files
+
+
+# A layer of the `.xml` takes 1 to 2 KiB.
+_LAYER_BYTES = 4096
+
+
+def _upper_size(model: Any) -> int:
+    """No fewer bytes than the files of a model have."""
+    layers = model.get_ops()
+    weights = sum(layer.get_byte_size() for layer in layers if layer.get_type_name() == "Constant")
+    return int(weights) + _LAYER_BYTES * len(layers)
+
+
+def _probe(path: Path, size: int) -> None:
+    """Write as many bytes beside `path` and remove them: raises the `OSError` that stands in the way, if any does."""
+    probe = path.with_name(path.name + ".probe")
+    chunk = os.urandom(2**20)  # a file system that compresses would store zeros for nothing
+    try:
+        with open(probe, "wb") as file:
+            for start in range(0, size, len(chunk)):
+                file.write(chunk[: size - start])
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _convert(exported: ExportedProgram) -> Any:
