@@ -182,7 +182,7 @@ def test_merging_under_a_causal_mask_is_refused() -> None:
     with pytest.raises(EdgewiseError, match=r"(?s)causal.*test_insert.py"):
         compress(program, "tome:r=2")
     with pytest.raises(EdgewiseError, match=r"(?s)causal.*test_insert.py"):
-        compress(program, "topk@encoder.block[0]:keep=4")
+        compress(program, "topk@decoder.block[1]:keep=4")
 
 
 def test_time_is_linear_in_depth() -> None:

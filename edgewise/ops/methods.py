@@ -20,12 +20,13 @@ from edgewise.ops.reduce import take
 class Tokens:
     """All that a method may look at, at one site.
 
-    tokens `(B, N, C)`; size `(B, N, 1)` or None (one each); keys and queries `(B, N, D)`, those of the attention averaged
-    over heads; `attend(rows)` gives the attention `(B, heads, queries, N)` of a slice of query rows (there may be more of
-    them than tokens are left); grid is the shape of the tokens after the `protected` leading ones, `(T,)`, `(H, W)` or
+    tokens `(B, N, C)`; size `(B, N, 1)` or None (one each); keys `(B, N, D)` of the attention, averaged over heads, or with
+    the heads side by side for a method that needs queries, which come in the same form; `attend(rows)` gives the attention
+    `(B, heads, queries, N)` of a slice of query rows (there may be more of them than tokens are left, and `slice(0, 1)` is
+    that of the class token wherever the model has one); grid is the shape of the tokens after the `protected` leading ones, `(T,)`, `(H, W)` or
     `(frames, H, W)`; `frames` the number of equal parts (frames, tiles, segments) that they fall into, one after the other;
     padding `(B, N)` is true where a token only fills up the length (None: nowhere); text `(T, D)` is a text embedding;
-    `has_class` says that token 0 is a class token.
+    weights are those of a file, by name; `has_class` says that there is a class token to attend from.
     """
 
     tokens: Tensor
@@ -39,6 +40,7 @@ class Tokens:
     queries: Tensor | None = None
     text: Tensor | None = None
     frames: int | None = None
+    weights: Mapping[str, Tensor] | None = None
 
     @property
     def count(self) -> int:
@@ -136,9 +138,30 @@ class Method:
     """Where not every count is possible: the legal ones (besides the protected) and the parameters that give them."""
     count: Callable[[int, tuple[int, ...] | None, int | None, Mapping[str, Any]], int] | None = field(default=None, repr=False)
     """Where the parameters say how many tokens stay: `count(free, grid, frames, parameters)`. Raises ValueError."""
+    positions: str = "kept"
+    """In a decoder: tokens keep their positions (`kept`), or are numbered anew without gaps (`dense`)."""
+    scored_by: str = "last"
+    """In a decoder: by the attention of the block before the site (`last`), or by that of the block behind it, computed on
+    all tokens for this alone (`next`)."""
+
+    @property
+    def options(self) -> tuple[Parameter, ...]:
+        """All that a compression spec may say: the parameters, and where the inputs that the method needs come from."""
+        return (*self.parameters, *((TEXT, TEXT_TOKENS) if "text" in self.needs else ()),
+                *((WEIGHTS,) if "weights" in self.needs else ()), *((LENGTH,) if self.pads else ()),
+                *((SPAN,) if "decoder" in self.sites else ()))
 
 
 METHODS: dict[str, Method] = {}
+
+TEXT = Parameter("text", "input", "the text embedding: input (a second input of the program), or a .npy or .safetensors file that "
+                 "holds it for a fixed prompt")
+TEXT_TOKENS = Parameter("text_tokens", 1, "rows of the text embedding, where it is an input", least=1)
+WEIGHTS = Parameter("weights", None, "a .safetensors file with the weights of the method", optional=str)
+LENGTH = Parameter("length", False, "take an input `length`: how many leading tokens of each sample are real, the rest is padding")
+SPAN = Parameter("span", None, "START:STOP, the tokens of a decoder that are the image's, the video's or the audio's", optional=str)
+PLANNED = (TEXT, TEXT_TOKENS, WEIGHTS, LENGTH, SPAN)
+"""What the plan of an insertion uses up, and `reduce` is not given."""
 
 KEEP = Parameter("keep", None, "tokens kept besides the protected: a fraction if below 1 (or 1.0), else a count")
 

@@ -3,16 +3,18 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from edgewise.passes.anchors import Anchor, elementwise, find_anchors
+from edgewise.passes.anchors import Anchor, CausalMasks, elementwise, find_anchors
 from edgewise.passes.graph import describe, reachable, shape_of, user_inputs
 from edgewise.passes.origin import constant_prefix, grid_of
 from edgewise.passes.samples import Samples
-from edgewise.passes.symbolic import Engine
+from edgewise.passes.symbolic import Abstract, Engine
 from edgewise.passes.token_axis import Cut, Propagation, Propagator
 from edgewise.passes.token_rules import symbolic_axes
 
@@ -21,7 +23,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Place:
-    """A site in the graph: the value that is compressed there, its token axis, and the attention that scores it."""
+    """A site in the graph: the value that is compressed there, its token axis, and the attention that scores it.
+
+    `behind` is the attention that comes next, where tokens are taken out before it (a decoder's blocks); `lost` says how many
+    of the stream's leading tokens are not there any more (a class token that the projector does not see).
+    """
 
     name: str
     node: fx.Node
@@ -29,6 +35,21 @@ class Place:
     anchor: Anchor
     side_values: tuple[str, ...] = ()
     refused: str | None = None
+    behind: Anchor | None = None
+    lost: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The kind of site, in the words of `Method.sites`."""
+        stream, _, site = self.name.rpartition(".")
+        if stream.startswith(DECODER):
+            return "decoder"
+        if stream.endswith(PROJECTOR):
+            return "projector"
+        return "out" if site == "out" else "block"
+
+
+ENCODER, DECODER, PROJECTOR = "encoder", "decoder", "projector"
 
 
 @dataclass
@@ -49,6 +70,7 @@ class Stream:
     grid: tuple[int, ...] | None
     blocks: list[Place] = field(default_factory=list)
     out: Place | None = None
+    projector: tuple[Place, ...] = ()
     out_is_read: bool = False
     """Whether anything after the encoder's output reads tokens besides the protected ones."""
 
@@ -64,7 +86,7 @@ class Stream:
 
     @property
     def places(self) -> list[Place]:
-        return [*self.blocks, *([self.out] if self.out else [])]
+        return [*self.blocks, *([self.out] if self.out else []), *self.projector]
 
 
 @dataclass
@@ -81,6 +103,7 @@ def analyse(program: ExportedProgram) -> Analysis:
     """Find streams and sites. Time is linear in the number of nodes for each stream."""
     graph = program.graph
     nodes = list(graph.nodes)
+    causal = CausalMasks(program)
     order = {node: i for i, node in enumerate(nodes)}
     inputs = user_inputs(program)
     dependent = reachable(inputs)
@@ -97,7 +120,7 @@ def analyse(program: ExportedProgram) -> Analysis:
         if axis is None:
             found.unplaced[anchor.index] = reason
             continue
-        placed |= _add_stream(found, anchor, axis, nodes, order, dependent, inputs)
+        placed |= _add_stream(found, anchor, axis, nodes, order, dependent, inputs, causal)
     _name(found.streams)
     return found
 
@@ -133,7 +156,7 @@ def _after(root: fx.Node, nodes: list[fx.Node]) -> list[fx.Node]:
 
 
 def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node], order: dict[fx.Node, int],
-                dependent: set[fx.Node], inputs: list[fx.Node]) -> set[int]:
+                dependent: set[fx.Node], inputs: list[fx.Node], causal: CausalMasks) -> set[int]:
     root = first.residual
     assert root is not None
     tokens = shape_of(root)[axis]
@@ -151,7 +174,10 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
     grid = grid_of(root, axis, dependent)
     if grid is not None and _product(grid) != tokens - protected:
         grid = None
-    stream = Stream("", _role(root, inputs), root, axis, tokens, prefix, protected, grid)
+    role = _role(root, inputs)
+    if role != "text_encoder" and causal(first):
+        role = DECODER
+    stream = Stream("", role, root, axis, tokens, prefix, protected, grid)
     stream.broken = next((f"{describe(r.node)}: {r.reason}" for r in result.refusals), None)
     doomed = {node: reason for node in refusals for reason in [f"{describe(node)}: {refusals[node]}"]}
     blocked = _leading_to(doomed)
@@ -165,17 +191,21 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
         if value.shape[anchor.key_axis] != symbol or symbol not in query.symbols:
             found.unplaced[anchor.index] = "it attends over a part of the tokens, or from other tokens"
             continue
-        site = _settle(anchor.joined, order)
+        site = anchor.residual if role == DECODER else _settle(anchor.joined, order)
+        assert site is not None
         shape = result.values.get(site)
         axes = [d for d, n in enumerate(shape.shape) if n == symbol] if shape is not None else []
         if len(axes) != 1:
             found.unplaced[anchor.index] = f"{describe(site)}: the residual stream has no token axis of its own here"
             continue
         unordered = unordered or samples.refuse_anchor(anchor)
-        stream.blocks.append(_place(f"block[{len(stream.blocks)}]", site, axes[0], anchor, result, order, blocked))
+        place = _place(f"block[{len(stream.blocks)}]", site, axes[0], anchor, result, order, blocked)
+        if role == DECODER:  # tokens are taken out before a block, by the attention of the one before
+            place = replace(place, behind=anchor, anchor=stream.blocks[-1].behind or anchor if stream.blocks else anchor)
+        stream.blocks.append(place)
     if unordered is not None:  # one such attention: sizes cannot be added to its logits, nor its rows be read
         stream.blocks = [replace(p, refused=p.refused or unordered) for p in stream.blocks]
-    if stream.blocks:
+    if stream.blocks and role != DECODER:
         last = stream.blocks[-1]
         out = _encoder_out(last, order)
         shape = result.values.get(out)
@@ -184,6 +214,8 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
             stream.out = _place("out", out, axes[0], last.anchor, result, order, blocked)
             stream.out = replace(stream.out, refused=stream.out.refused or unordered)
             stream.out_is_read = any(symbolic_axes_of(result, user) or user.op == "output" for user in out.users)
+            stream.projector = _projector(stream.out, protected, symbol, result, order, blocked)
+    if stream.blocks:
         found.streams.append(stream)
     return placed | {first.index}
 
@@ -260,6 +292,33 @@ def _encoder_out(last: Place, order: dict[fx.Node, int]) -> fx.Node:
     return _past_norm(min(joins, key=order.__getitem__) if joins else last.node, order)
 
 
+def _projector(out: Place, protected: int, symbol: Any, result: Propagation, order: dict[fx.Node, int],
+               blocked: dict[fx.Node, str]) -> tuple[Place, ...]:
+    """The input and the output of what maps the encoder's tokens, one by one, to those of another model: from the first linear
+    map behind the encoder to the last value that still counts tokens and is an output of the graph."""
+    def lost(node: fx.Node) -> int | None:
+        value = result.values.get(node)
+        shape = value.shape if isinstance(value, Abstract) else ()
+        if len(shape) != len(shape_of(out.node)) or any(isinstance(n, sympy.Expr) for d, n in enumerate(shape) if d != out.axis):
+            return None
+        gone = symbol - shape[out.axis]
+        return int(gone) if gone.is_number and 0 <= gone <= protected else None
+
+    behind = sorted((n for n in reachable([out.node]) if n is not out.node and n.op == "call_function"), key=order.__getitem__)
+    last = [n for n in behind if lost(n) is not None and any(user.op == "output" for user in n.users)]
+    leading = _leading_to({last[-1]: ""}) if last else {}
+    linear = next((n for n in behind if n in leading and n.target is aten.linear.default and lost(n) is not None), None)
+    if linear is None:
+        return ()
+    source = linear.args[0]
+    assert isinstance(source, fx.Node)
+    gone = [lost(source), lost(last[-1])]
+    if gone[0] is None or gone[0] != gone[1]:
+        return ()
+    return tuple(replace(_place(name, node, out.axis, out.anchor, result, order, blocked), lost=gone[0])
+                 for name, node in (("projector.in", source), ("projector.out", last[-1])))
+
+
 def _leading_to(doomed: dict[fx.Node, str]) -> dict[fx.Node, str]:
     """All nodes from which a refused node is reached, with the reason."""
     leading = dict(doomed)
@@ -300,19 +359,22 @@ def _name(streams: list[Stream]) -> None:
             fed.append(reachable([stream.root]) if stream.broken else set())
         else:
             stream.piece = 1 + sum(s.piece > 0 and s.root in fed[head] for s in streams)
-    media = [s for s in first if s.role != "text_encoder"]
-    main = media[0] if len(media) == 1 else first[0] if len(first) == 1 else None
+    media = [s for s in first if s.role not in ("text_encoder", DECODER)]
+    main = media[0] if len(media) == 1 else first[0] if len(first) == 1 and first[0].role != DECODER else None
     taken: dict[str, int] = {}
     for stream in streams:
         in_main = main is not None and (stream is main or (stream.piece > 0 and stream.role == main.role))
-        name = "encoder" if in_main else stream.role
+        name = ENCODER if in_main else stream.role
         taken[name] = taken.get(name, 0) + 1
         stream.name = name if taken[name] == 1 else f"{name}{taken[name]}"
         stream.blocks = [_renamed(stream, p) for p in stream.blocks]
         stream.out = _renamed(stream, stream.out) if stream.out else None
+        stream.projector = tuple(_renamed(stream, p) for p in stream.projector)
 
 
 def _renamed(stream: Stream, place: Place) -> Place:
+    if place.name.startswith(PROJECTOR) and stream.name == ENCODER:
+        return place
     return replace(place, name=f"{stream.name}.{place.name}")
 
 

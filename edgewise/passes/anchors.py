@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.export import ExportedProgram
 
-from edgewise.passes.graph import shape_of
+from edgewise.passes.graph import parameters_of, shape_of
 
 aten = torch.ops.aten
 
@@ -70,6 +71,48 @@ def find_anchors(graph: fx.Graph) -> list[Anchor]:
         if anchor is not None:
             found.append(_with_residual(anchor, order))
     return found
+
+
+class CausalMasks:
+    """Tells whether an attention is causal: by its own flag, or by a constant mask in which no query sees a later key."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.constants = {k: v for k, v in parameters_of(program).items() if v.ndim >= 2}
+        self.known: dict[fx.Node, bool] = {}
+
+    def __call__(self, anchor: Anchor) -> bool:
+        if anchor.causal:
+            return True
+        start = anchor.mask if anchor.fused else anchor.softmax
+        if start is None:
+            return False
+        if start not in self.known:
+            self.known[start] = self._masked(start, (shape_of(anchor.q)[-2], shape_of(anchor.k)[anchor.key_axis]))
+        return self.known[start]
+
+    def _masked(self, start: fx.Node, size: tuple[int, int]) -> bool:
+        queue, seen = [start], {start}
+        while queue and len(seen) < _SEARCH:
+            node = queue.pop(0)
+            if node.op == "placeholder":
+                mask = self.constants.get(node.name)
+                if mask is not None and mask.shape[-2:] == size and size[0] > 1 and _causal(mask):
+                    return True
+                continue
+            if node.target in _MATMULS:
+                continue
+            for parent in node.all_input_nodes:
+                if parent not in seen:
+                    seen.add(parent)
+                    queue.append(parent)
+        return False
+
+
+def _causal(mask: Tensor) -> bool:
+    """Whether every key after its query is hidden (False, or very negative), and some key before is not."""
+    hidden = ~mask if mask.dtype == torch.bool else mask < -1e4 if mask.is_floating_point() else mask == 0
+    later = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1 + mask.shape[-1] - mask.shape[-2])
+    return bool(hidden[..., later].all()) and not bool(hidden[..., ~later].all())
 
 
 def elementwise(node: fx.Node) -> bool:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputSpec, TensorArgument
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 MADE_BY = "edgewise_pass"
 
@@ -29,6 +31,8 @@ class Editor:
         next(iter(reversed(self.graph.nodes))).meta.update(last.meta)
         self.input_specs: list[InputSpec] = list(program.graph_signature.input_specs)
         self.constants: dict[str, Any] = dict(program.constants)
+        self.added: dict[str, Tensor] = {}
+        """Inputs that the caller has to feed besides the captured ones, by name, with an example each."""
         self.fake_mode = fake_mode_of(program)
 
     def add_constant(self, value: Tensor, hint: str) -> fx.Node:
@@ -40,6 +44,17 @@ class Editor:
         node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
         self.input_specs.insert(0, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), node.name))
         self.constants[node.name] = value
+        return node
+
+    def add_input(self, hint: str, example: Tensor) -> fx.Node:
+        """A new input of the program, behind the others, fed by keyword."""
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        name = unique(hint, {n.name for n in self.graph.nodes})
+        with self.graph.inserting_after(placeholders[-1]):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = self.fake_mode.from_tensor(example, static_shapes=True)
+        self.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
+        self.added[node.name] = example
         return node
 
     def inline(self, traced: fx.GraphModule, operands: Sequence[fx.Node | None], made_by: str,
@@ -69,7 +84,7 @@ class Editor:
 
     def finish(self) -> ExportedProgram:
         """Drop what is dead and build the program. Parameters stay, as the signature names them."""
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(is_impure_node=_has_effect)
         used = {n.name for n in self.graph.nodes if n.op == "placeholder" and n.users}
         specs: list[InputSpec] = []
         for spec in self.input_specs:
@@ -84,9 +99,28 @@ class Editor:
         self.graph.lint()
         return ExportedProgram(
             root=self.original.graph_module, graph=self.graph, graph_signature=signature, state_dict=self.original.state_dict,
-            range_constraints=self.original.range_constraints, module_call_graph=self.original.module_call_graph,
-            example_inputs=self.original.example_inputs, constants=self.constants,
+            range_constraints=self.original.range_constraints, module_call_graph=self._call_graph(),
+            example_inputs=self._example_inputs(), constants=self.constants,
             verifiers=self.original.verifiers)
+
+    def _call_graph(self) -> list[ModuleCallEntry]:
+        """How the program is called: as before, with the added inputs as further keyword arguments."""
+        entries = list(self.original.module_call_graph)
+        if not self.added:
+            return entries
+        root = copy.copy(entries[0])
+        assert root.signature is not None
+        root.signature = copy.copy(root.signature)
+        args, kwargs = pytree.tree_unflatten(range(root.signature.in_spec.num_leaves), root.signature.in_spec)
+        root.signature.in_spec = pytree.tree_structure((args, {**kwargs, **dict.fromkeys(self.added, 0)}))
+        root.signature.inputs = [*root.signature.inputs, *(TensorArgument(name) for name in self.added)]
+        return [root, *entries[1:]]
+
+    def _example_inputs(self) -> Any:
+        if not self.added or self.original.example_inputs is None:
+            return self.original.example_inputs
+        args, kwargs = self.original.example_inputs
+        return args, {**kwargs, **self.added}
 
     def _output_specs(self) -> list[OutputSpec]:
         specs: list[OutputSpec] = []
@@ -94,6 +128,12 @@ class Editor:
             arg: Any = TensorArgument(node.name) if isinstance(node, fx.Node) else ConstantArgument("", node)
             specs.append(OutputSpec(spec.kind, arg, spec.target))
         return specs
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node does something besides giving a value. To torch an attention does: it might drop out at random."""
+    mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return node.op in ("placeholder", "output") or mutable
 
 
 _COPIES_OF_CONSTANTS = {torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default}

@@ -1,8 +1,8 @@
 """Insertion: put compression into a graph, and make everything after it follow the new token counts."""
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -12,14 +12,13 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
 from edgewise.errors import Refused
-from edgewise.ops.methods import Tokens
 from edgewise.ops.reduce import take
-from edgewise.ops.score import attention_rows
-from edgewise.passes.analysis import Stream
+from edgewise.passes.analysis import Place, Stream
 from edgewise.passes.anchors import Anchor, find_anchors
 from edgewise.passes.graph import Editor, describe, reachable, shape_of, source_line, trace
 from edgewise.passes.infra import Pass, PassError, PassResult
 from edgewise.passes.plan import Step
+from edgewise.passes.step import Made, reduce_step
 from edgewise.passes.symbolic import Engine
 from edgewise.passes.token_axis import Cut, Propagation, Propagator, Route, set_operand
 from edgewise.passes.token_rules import symbolic_axes
@@ -34,20 +33,26 @@ class Insert(Pass):
 
     def __init__(self, stream: Stream, steps: Sequence[Step], engine: Engine) -> None:
         self.stream, self.steps, self.engine = stream, steps, engine
+        self.added: dict[str, Tensor] = {}
+        """After the call: the inputs that were added, with an example each."""
 
     def call(self, program: ExportedProgram) -> PassResult:
         editor = Editor(program)
         _Insertion(editor, self.stream, self.steps, self.engine).run()
+        self.added = dict(editor.added)
         return PassResult(editor.finish(), bool(self.steps))
 
 
 @dataclass
 class _Level:
-    """The state of the stream after one cut: which tokens each method kept (None: pooled), sizes, attention bias."""
+    """The state of the stream after one cut: which tokens each method kept (None: pooled), sizes, padding, attention bias.
+    `dense`: what follows is numbered anew, without gaps."""
 
     count: int
     kept: list[fx.Node | None] = field(default_factory=list)
     size: fx.Node | None = None
+    padding: fx.Node | None = None
+    dense: bool = False
     proportional: bool = False
     bias: dict[tuple[int, int], fx.Node] = field(default_factory=dict)
 
@@ -66,13 +71,15 @@ class _Insertion:
             node = by_name[step.place.node.name]
             if node not in self.steps:
                 level = len(self.cuts) + 1
-                self.cuts.append(Cut(node, step.place.axis, engine.symbol(f"{stream.name}_{level}", stream.tokens), level))
+                tokens = stream.tokens - step.place.lost
+                self.cuts.append(Cut(node, step.place.axis, engine.symbol(f"{stream.name}_{level}", tokens), level))
             self.steps.setdefault(node, []).append(step)
         self.counts = {cut.symbol: self.steps[cut.node][-1].tokens_out for cut in self.cuts}
         self.levels = [_Level(stream.tokens)]
         self.anchors = {by_name[p.anchor.softmax.name]: p.anchor for p in stream.blocks}
         self.by_name = by_name
-        self.routed: dict[tuple[fx.Node, tuple[int, ...], int, int], dict[int, fx.Node]] = {}
+        self.routed: dict[tuple[fx.Node, tuple[int, ...], int, int, bool], dict[int, fx.Node]] = {}
+        self.texts: dict[int, fx.Node] = {}
         self.from_stream = reachable([by_name[stream.root.name]])
         self.method = " + ".join(dict.fromkeys(step.method.name for step in steps))
 
@@ -137,7 +144,7 @@ class _Insertion:
         """Make one node follow the cuts before it."""
         with self.editor.graph.inserting_before(node):
             for place, route in proof.routes.get(node, {}).items():
-                set_operand(node, place, self._route(route))
+                set_operand(node, place, self._route(route, position=node.target is aten.mul.Tensor))
             if node in proof.literals:
                 literals = tree_map_only(sympy.Expr, lambda n: int(n.xreplace(self.counts)), proof.literals[node])
                 node.args = (node.args[0], *literals[1:])
@@ -170,9 +177,11 @@ class _Insertion:
             traced = trace(call, given)
         return self.editor.inline(traced, [n for n in operands if n is not None], made_by or Insert.name, source)
 
-    def _route(self, route: Route) -> fx.Node:
-        """A side value brought from its level to the stream's, one gather for each cut and axis."""
-        key = (route.value, route.axes, route.prefix, route.rank)
+    def _route(self, route: Route, position: bool = False) -> fx.Node:
+        """A side value brought from its level to the stream's, one gather for each cut and axis. What holds a `position` (a
+        rotary table) is cut short instead where tokens are numbered anew."""
+        position &= len(route.axes) == 1
+        key = (route.value, route.axes, route.prefix, route.rank, position)
         known = self.routed.setdefault(key, {route.from_level: route.value})
         level = max(n for n in known if n <= route.to_level)
         lead = route.rank - len(shape_of(route.value))
@@ -181,11 +190,14 @@ class _Insertion:
             level += 1
             for kept in self.levels[level].kept:
                 assert kept is not None, "a pooled level has no routes"
+                dense = position and self.levels[level].dense
 
-                def gather(v: Tensor, k: Tensor) -> Tensor:
+                def gather(v: Tensor, k: Tensor, dense: bool = dense) -> Tensor:
                     v = v.reshape([1] * (route.rank - v.ndim) + list(v.shape))
                     for axis in route.axes:
-                        if axis + lead == 0 and v.ndim > 1:  # tokens first, samples second
+                        if dense:
+                            v = v.narrow(axis + lead, 0, k.shape[1] - route.prefix)
+                        elif axis + lead == 0 and v.ndim > 1:  # tokens first, samples second
                             v = take(v.transpose(0, 1), k, 1, route.prefix).transpose(0, 1)
                         else:
                             v = take(v, k, axis + lead, route.prefix)
@@ -226,48 +238,145 @@ class _Insertion:
 
     def _compress(self, node: fx.Node, proof: Propagation) -> None:
         before = self.levels[-1]
-        level = _Level(before.count, size=before.size, proportional=before.proportional)
+        level = _Level(before.count, size=before.size, padding=before.padding, proportional=before.proportional)
         self.levels.append(level)
         x = last = node
+        following = last.next
+        with self.editor.graph.inserting_before(following):
+            self._begin(level, self.steps[node], x)
         for step in self.steps[node]:
-            after = last.next
-            x, level.size, kept = self._step(step, x, level, after, proof)
-            last = after.prev
+            with self.editor.graph.inserting_before(following):
+                x, level.size, kept, padding = self._step(step, x, level, proof)
+            level.padding = padding
             level.kept.append(kept)
             level.count = step.tokens_out
+            level.dense |= step.method.positions == "dense"
             level.proportional |= step.method.merges and bool(dict(step.parameters).get("prop_attn", False))
         emitted = set()
+        last = following.prev
         while last is not node:
             emitted.add(last)
             last = last.prev
+        readers = [user for user in node.users if user not in emitted and user.op != "output"]
+        if readers and shape_of(x)[2:] != shape_of(node)[2:] and len(shape_of(node)) == 3:
+            reader, method = readers[0], self.steps[node][-1].method.name
+            raise Refused(f"{method} makes {shape_of(x)[-1]} features of {shape_of(node)[-1]}, and this takes "
+                          f"{shape_of(node)[-1]}", node=reader.name, source=source_line(reader) or None, method=method)
         node.replace_all_uses_with(x, delete_user_cb=lambda user: user not in emitted)
+    def _begin(self, level: _Level, steps: list[Step], node: fx.Node) -> None:
+        """Bring the state of the level before to the tokens of this site, and make it known which are padding."""
+        padded = any(step.padded for steps in self.steps.values() for step in steps)
+        if padded and len(self.levels) == 2:
+            batch = shape_of(node)[0] if len(shape_of(node)) == 3 else 1
+            length = self.editor.add_input("length", torch.full((batch,), level.count, dtype=torch.int64))
+            count = level.count
+            level.padding = self._emit(lambda n: torch.arange(count) >= n[:, None], [length], node)
+        lost = steps[0].place.lost
+        if not lost:
+            return
+        count = level.count
+        level.kept.append(self._emit(lambda _: torch.arange(lost, count)[None], [node], node))
+        if level.size is not None:
+            level.size = self._emit(lambda size: size[:, lost:], [level.size], node)
+        if level.padding is not None:
+            level.padding = self._emit(lambda padding: padding[:, lost:], [level.padding], node)
 
-    def _step(self, step: Step, x: fx.Node, level: _Level, after: fx.Node,
-              proof: Propagation) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
-        """Emit one method before the node `after`; gives back tokens, sizes and the indices of kept tokens."""
-        anchor, needs = step.place.anchor, step.method.needs
-        operands: dict[str, fx.Node | None] = {"x": x, "size": level.size}
+    def _step(self, step: Step, x: fx.Node, level: _Level,
+              proof: Propagation) -> tuple[fx.Node, fx.Node | None, fx.Node | None, fx.Node | None]:
+        """Emit one method; gives back tokens, sizes, the indices of kept tokens, and which of them are padding."""
+        ahead = step.place.behind if step.method.scored_by == "next" else None
+        anchor, needs = ahead or step.place.anchor, step.method.needs
+        operands: dict[str, fx.Node | None] = {"x": x, "size": level.size, "padding": level.padding}
+        if isinstance(step.text, Tensor):
+            text = step.text.to(x.meta["val"].dtype)
+            operands["text"] = self.editor.add_constant(text, "text")
+        elif step.text is not None:
+            operands["text"] = self._text_input(step, x)
+        for name, tensor in (step.weights or {}).items():
+            operands[f"weights.{name}"] = self.editor.add_constant(tensor, name)
         crossed: list[fx.Node] = []
-        with self.editor.graph.inserting_before(after):
-            if "attention" in needs:
-                softmax = self.by_name[anchor.softmax.name]
-                if anchor.causal:
-                    raise Refused("under a causal mask early tokens receive more attention whatever they hold",
-                                  node=softmax.name, source=source_line(softmax) or None, method=step.method.name)
+        if {"attention", "keys", "queries"} & set(needs):
+            self._check_meaning(step, anchor)
+        if "attention" in needs:
+            softmax = self.by_name[anchor.softmax.name]
+            if ahead is not None:
+                operands |= self._ahead(step.place, ahead, proof)
+                crossed = self._crossed(len(self.levels) - 2, level, softmax)
+            else:
                 if anchor.fused:
-                    given = dict(zip(("q", "k", "v", "mask"), softmax.args, strict=False))
-                    operands |= {"q": given["q"], "k": given["k"], "mask": given.get("mask")}  # type: ignore[dict-item]
+                    given = dict(zip(("q", "k", "v", "mask"), softmax.args, strict=False)) | dict(softmax.kwargs)
+                    operands |= {"q": given["q"], "k": given["k"],  # type: ignore[dict-item]
+                                 "mask": given.get("mask", given.get("attn_mask"))}
                 else:
                     operands["weights"] = softmax
                 crossed = self._crossed(self._level_of(softmax, proof), level, softmax)
-            if "keys" in needs:
-                operands["keys"] = self._scored(anchor.k, anchor.key_axis, level, proof)
-            names = list(operands)
+        if "keys" in needs or "queries" in needs:
+            operands["keys"] = self._scored(anchor.k, anchor.key_axis, level, proof)
+        if "queries" in needs:
+            operands["queries"] = self._scored(anchor.q, len(shape_of(anchor.q)) - 2, level, proof)
+        names = list(operands)
 
-            def reduce(*values: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-                return _reduce(step, anchor, self.stream, dict(zip(names, values, strict=False)), values[len(names):])
+        def reduce(*values: Any) -> Made:
+            return reduce_step(step, anchor, self.stream, dict(zip(names, values, strict=False)), values[len(names):])
 
-            return self._emit(reduce, [*operands.values(), *crossed], x, f"{Insert.name}:{step.method.name}")
+        return self._emit(reduce, [*operands.values(), *crossed], x, f"{Insert.name}:{step.method.name}")
+
+    def _check_meaning(self, step: Step, anchor: Anchor) -> None:
+        if anchor.causal and step.place.kind != "decoder":
+            softmax = self.by_name[anchor.softmax.name]
+            raise Refused("under a causal mask early tokens receive more attention whatever they hold",
+                          node=softmax.name, source=source_line(softmax) or None, method=step.method.name)
+
+    def _text_input(self, step: Step, x: fx.Node) -> fx.Node:
+        """The text embedding as an input, one for all methods that take it with the same number of rows."""
+        assert isinstance(step.text, int)
+        if step.text not in self.texts:
+            value = x.meta["val"]
+            generator = torch.Generator().manual_seed(0)
+            example = torch.randn(step.text, value.shape[-1], generator=generator).to(value.dtype)
+            self.texts[step.text] = self.editor.add_input("text", example)
+        return self.texts[step.text]
+
+    def _ahead(self, place: Place, anchor: Anchor, proof: Propagation) -> dict[str, fx.Node | None]:
+        """The queries and keys of the attention behind a site as they would be without it: what leads to them is copied."""
+        softmax = self.by_name[anchor.softmax.name]
+        given = dict(zip(("q", "k", "v", "mask"), softmax.args, strict=False)) | dict(softmax.kwargs)
+        mask = given.get("mask", given.get("attn_mask"))
+        if not anchor.fused:
+            raise Refused("its attention is spelled out, and only a fused one can be computed ahead", node=softmax.name,
+                          source=source_line(softmax) or None, method=self.method)
+        here = len(self.levels) - 2
+        counts = {**self.counts, self.cuts[here].symbol: self.levels[here].count}
+        start, order = self.by_name[place.node.name], {node: i for i, node in enumerate(self.nodes)}
+        q, k = self.by_name[anchor.q.name], self.by_name[anchor.k.name]
+        copies: dict[fx.Node, fx.Node] = {}
+        wanted, stack = set(), [n for n in (q, k, mask) if isinstance(n, fx.Node)]
+        while stack:
+            node = stack.pop()
+            if node not in wanted and order.get(node, -1) > order[start] and node.op == "call_function":
+                wanted.add(node)
+                stack += node.all_input_nodes
+        for node in sorted(wanted, key=order.__getitem__):
+            position = node.target is aten.mul.Tensor
+            sides = {operand: self._before(route, here, copies, position)
+                     for operand, route in proof.routes.get(node, {}).items()}
+            copy = copies[node] = self.editor.graph.node_copy(node, lambda n: copies.get(n, n))
+            for operand, value in sides.items():
+                set_operand(copy, operand, value)
+            if node in proof.literals:
+                literals = tree_map_only(sympy.Expr, lambda n: int(n.xreplace(counts)), proof.literals[node])
+                copy.args = (copy.args[0], *literals[1:])
+            self._propagate(copy)
+        routes = proof.routes.get(softmax, {})
+        if isinstance(mask, fx.Node):
+            mask = self._before(routes[3], here, copies) if 3 in routes else copies.get(mask, mask)
+        return {"q": copies.get(q, q), "k": copies.get(k, k), "mask": mask}  # type: ignore[dict-item]
+
+    def _before(self, route: Route, level: int, copies: Mapping[fx.Node, fx.Node], position: bool = False) -> fx.Node:
+        """A side value as it is at an earlier level than its route leads to."""
+        if route.from_level >= level:
+            return copies.get(route.value, route.value)
+        return self._route(replace(route, to_level=level), position)
 
     def _crossed(self, start: int, level: _Level, scored: fx.Node) -> list[fx.Node]:
         """The tokens kept at every cut between the attention that scores and the site."""
@@ -293,59 +402,6 @@ class _Insertion:
                               source=source_line(node) or None, method=self.method)
             value = self._emit(lambda v, k: take(v, k, axis, 0), [value, kept], node)
         return value
-
-
-def _reduce(step: Step, anchor: Anchor, stream: Stream, given: dict[str, Tensor | None],
-            crossed: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What one step computes, in plain torch: the traced body of an insertion.
-
-    `given` holds the tokens `x`, their `size`, the `keys`, and the attention as `q`, `k` and `mask` or as `weights`.
-    `crossed` are the tokens that were kept since that attention ran.
-    """
-    axis, x = step.place.axis, given["x"]
-    assert x is not None
-    tokens = _batch_first(x, axis)
-    batch = tokens.shape[0]
-
-    def heads(t: Tensor, transposed: bool = False) -> Tensor:
-        t = t.transpose(-1, -2) if transposed else t
-        return t.reshape(batch, -1, *t.shape[-2:])
-
-    def attend(rows: slice) -> Tensor:
-        weights, q, k, mask = (given.get(name) for name in ("weights", "q", "k", "mask"))
-        if weights is not None:
-            attention = heads(weights)[:, :, rows]
-        else:
-            assert q is not None and k is not None
-            if mask is not None:
-                mask = mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
-                if q.ndim == 3 and mask.ndim == 3:
-                    mask = heads(mask.expand(q.shape[0], -1, -1))
-            attention = attention_rows(heads(q)[:, :, rows], heads(k, anchor.transposed_k), anchor.scale, mask)
-        for kept in crossed:
-            attention = take(attention, kept, 3, 0)
-        return attention
-
-    keys = given.get("keys")
-    keys = None if keys is None else heads(keys, anchor.transposed_k).mean(dim=1)
-    result = step.method.reduce(
-        Tokens(tokens, given["size"], keys, attend, stream.grid, None, step.protected, has_class=stream.prefix > 0,
-               frames=stream.frames),
-        keep=step.keep, **dict(step.parameters))
-    return _as_before(result.tokens, x, axis), result.size, result.kept if step.method.represented else None
-
-
-def _batch_first(x: Tensor, axis: int) -> Tensor:
-    """`x` as `(B, N, C)`."""
-    if x.ndim == 2:
-        return x.unsqueeze(0) if axis == 0 else x.t().unsqueeze(0)
-    return x if axis == 1 else x.transpose(axis, 1)
-
-
-def _as_before(tokens: Tensor, x: Tensor, axis: int) -> Tensor:
-    if x.ndim == 2:
-        return tokens[0] if axis == 0 else tokens[0].t()
-    return tokens if axis == 1 else tokens.transpose(axis, 1)
 
 
 def _combine(mask: Tensor, bias: Tensor) -> Tensor:

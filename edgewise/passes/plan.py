@@ -2,16 +2,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from edgewise.errors import InputError, Refused, unknown
 from edgewise.ops import METHODS, Method, Parameter
 from edgewise.ops.budget import count_to_keep, kept_count, merge_schedule, spread_removal
 from edgewise.ops.match import max_merges
-from edgewise.passes.analysis import Analysis, Place, Stream
-from edgewise.passes.graph import describe
+from edgewise.passes.analysis import DECODER, Analysis, Place, Stream
+from edgewise.passes.graph import describe, source_line
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,10 @@ class Step:
     parameters: tuple[tuple[str, Any], ...]
     protected: int
     keep: int
+    tail: int = 0
+    text: Tensor | int | None = field(default=None, compare=False)
+    weights: Mapping[str, Tensor] | None = field(default=None, compare=False)
+    padded: bool = False
 
 
 def parse_spec(text: str) -> Spec:
@@ -53,7 +64,7 @@ def parse_spec(text: str) -> Spec:
     if at and not site:
         raise InputError(f"{text!r}: no site behind the @; for example {name}@encoder.block[3]")
     method = METHODS[name]
-    known = {p.name: p for p in method.parameters}
+    known = {p.name: p for p in method.options}
     given: dict[str, Any] = {}
     for pair in re.split(r",(?![^\[]*\])", tail) if tail else []:
         key, equals, value = pair.partition("=")
@@ -79,6 +90,13 @@ def _value(text: str, parameter: Parameter, value: str) -> Any:
         if not re.fullmatch(r"\[\s*\d+(\s*,\s*\d+)*\s*\]", value):
             raise InputError(f"{text!r}: r={value} is not a list of whole numbers such as [16,8,0]")
         return [int(n) for n in value[1:-1].split(",")]
+    if parameter.type is tuple:
+        if not re.fullmatch(r"\[[^\[\]]+\]", value):
+            raise InputError(f"{text!r}: {parameter.name}={value} is not a list such as [0.5,0.25]")
+        try:
+            return tuple(float(n) for n in value[1:-1].split(","))
+        except ValueError:
+            raise InputError(f"{text!r}: {parameter.name}={value} is not a list of numbers") from None
     try:
         number = _parse(parameter, value)
         parameter.check(number)
@@ -123,6 +141,10 @@ def make_plan(analysis: Analysis, specs: Sequence[Spec]) -> tuple[list[tuple[Str
     return plan, notes
 
 
+SITES = {"block": "encoder.block[i]", "out": "encoder.out", "projector": "projector.in or projector.out",
+         "decoder": "decoder.block[i]"}
+
+
 def _places(analysis: Analysis, spec: Spec) -> tuple[Stream, list[Place]]:
     """The stream and places that a spec names, or those that are its method's default."""
     name = spec.method.name
@@ -131,7 +153,9 @@ def _places(analysis: Analysis, spec: Spec) -> tuple[Stream, list[Place]]:
     by_name = {p.name: (s, p) for s in analysis.streams for p in s.places}
     if spec.site is None:
         stream = _default_stream(analysis, spec)
-        if spec.method.every_block:
+        if stream.role == DECODER:
+            places = _decoder_places(stream, spec)
+        elif spec.method.every_block:
             places = stream.blocks
         elif stream.out is not None and stream.out_is_read:
             places = [stream.out]
@@ -150,10 +174,17 @@ def _places(analysis: Analysis, spec: Spec) -> tuple[Stream, list[Place]]:
             raise InputError(f"{spec.text!r} names sites of several encoders: give one spec for each")
         places = [by_name[n][1] for n in names]
     for place in places:
-        kind = "out" if place.name.endswith(".out") else "block"
-        if kind not in spec.method.sites:
+        if place.kind == "decoder" and "decoder" not in spec.method.sites:
+            softmax = (place.behind or place.anchor).softmax
+            raise Refused(f"the attention at {place.name} is causal: merging would mix what may see each other and what may not, "
+                          "and early tokens receive more attention whatever they hold. In a decoder use "
+                          + ", ".join(sorted(m.name for m in METHODS.values() if "decoder" in m.sites)),
+                          node=softmax.name, source=source_line(softmax) or None, method=name)
+        if place.kind not in spec.method.sites:
             raise InputError(f"{name} has no meaning at {place.name}: it goes to "
-                             f"{' or '.join('encoder.out' if s == 'out' else 'encoder.block[i]' for s in spec.method.sites)}")
+                             f"{' or '.join(SITES[kind] for kind in spec.method.sites)}")
+        if place.kind == "decoder" and place is stream.blocks[0] and spec.method.scored_by == "last":
+            raise InputError(f"{name} at {place.name}: no attention comes before the first block; use decoder.block[1] or later")
         if place is stream.out and not stream.out_is_read:
             raise Refused(f"nothing after {place.name} reads any token but the protected ones, so compressing there "
                           f"changes nothing: use {name}@{stream.name}.block[i]", method=name,
@@ -164,7 +195,13 @@ def _places(analysis: Analysis, spec: Spec) -> tuple[Stream, list[Place]]:
 
 
 def _default_stream(analysis: Analysis, spec: Spec) -> Stream:
-    media = [s for s in analysis.streams if s.role != "text_encoder"] or analysis.streams
+    decoders = [s for s in analysis.streams if s.role == DECODER]
+    if spec.method.sites == ("decoder",):
+        if not decoders:
+            raise Refused("it prunes inside a decoder, and no causal attention over embedded tokens was found",
+                          method=spec.method.name)
+        return decoders[0]
+    media = [s for s in analysis.streams if s.role not in ("text_encoder", DECODER)] or analysis.streams
     if any(s.piece for s in media):
         raise Refused("its attention blocks do not form one stream of tokens, which breaks at "
                       f"{next(s.broken for s in media if s.broken)}", method=spec.method.name)
@@ -172,6 +209,20 @@ def _default_stream(analysis: Analysis, spec: Spec) -> Stream:
         names = ", ".join(f"{spec.method.name}@{s.name}.block[*]" for s in media)
         raise InputError(f"the model has several encoders: say which one {spec.text!r} is for, as in {names}")
     return media[0]
+
+
+def _decoder_places(stream: Stream, spec: Spec) -> list[Place]:
+    """Where a method goes in a decoder that is not told: before the third block, as published for FastV, or before those blocks
+    that divide the decoder into as many equal stages as it has ratios, and one more."""
+    blocks = len(stream.blocks)
+    stages = spec.parameters.get("stages") or _defaults(spec.method).get("stages")
+    if stages is None:
+        return [stream.blocks[min(2, blocks - 1)]]
+    return [stream.blocks[blocks * (i + 1) // (len(stages) + 1)] for i in range(len(stages))]
+
+
+def _defaults(method: Method) -> dict[str, Any]:
+    return {p.name: p.default for p in method.parameters}
 
 
 def _expand_site(site: str, analysis: Analysis) -> list[str]:
@@ -210,37 +261,113 @@ def _steps(stream: Stream, entries: list[tuple[Place, Spec]], notes: list[str]) 
     schedules: dict[int, list[int]] = {}
     position: dict[int, int] = {}
     for place, spec in entries:
-        free = count - stream.protected
-        parameters = {p.name: p.default for p in spec.method.parameters if p.name not in ("keep", "r", "schedule")}
-        parameters |= {k: v for k, v in spec.parameters.items() if k in parameters}
+        method, given = spec.method, spec.parameters
+        parameters = {k: v for k, v in _defaults(method).items() if k not in ("keep", "r", "schedule")}
+        parameters |= {k: v for k, v in given.items() if k in parameters}
+        here = count - place.lost
         try:
-            _check_needs(spec.method, stream, steps)
-            if spec.method.every_block:
+            start, stop = _span(stream, place, spec, count, steps)
+            protected, tail, free = start, here - stop, stop - start
+            _check_needs(method, stream, steps)
+            if method.every_block:
                 if id(spec) not in schedules:
                     sites = sum(s is spec for _, s in entries)
-                    schedules[id(spec)] = _schedule(spec, count, stream.protected, sites)
+                    schedules[id(spec)] = _schedule(spec, count, protected, sites)
                 wanted = schedules[id(spec)][position.setdefault(id(spec), 0)]
                 position[id(spec)] += 1
-                merged = min(wanted, max_merges(count, stream.protected))
+                merged = min(wanted, max_merges(count, protected))
                 if merged < wanted:
                     notes.append(f"{spec.text} at {place.name}: r={wanted} clipped to {merged}, half of the {free} "
                                  "unprotected tokens")
                 keep = free - merged
+            elif "stages" in parameters:
+                ratios, stage = parameters["stages"], position.setdefault(id(spec), 0)
+                position[id(spec)] += 1
+                keep = _stage(spec, ratios, stage, free, steps)
             else:
-                keep = count_to_keep(spec.method, spec.parameters.get("keep"), None, count, stream.protected, stream.grid,
-                                     stream.frames, parameters)
+                keep = count_to_keep(method, given.get("keep"), None, here - tail, protected, stream.grid, stream.frames,
+                                     parameters)
+            source = given.get("text", "input")
+            text = None if "text" not in method.needs else given.get("text_tokens", 1) if source == "input" \
+                else _one(read_tensors(source), source)
+            weights = read_tensors(given["weights"]) if "weights" in given else None
         except ValueError as error:
-            raise InputError(f"{spec.text!r} at {place.name} ({count} tokens, {stream.protected} of them protected): "
+            raise InputError(f"{spec.text!r} at {place.name} ({here} tokens, {place_protected(stream, place)} of them protected): "
                              f"{error}") from error
-        extra = spec.method.extra(parameters)
-        if keep < free or extra or spec.method.widens(parameters) > 1:
-            after = stream.protected + keep + extra
-            steps.append(Step(place, spec.method, count, after, tuple(sorted(parameters.items())), stream.protected, keep))
-            count = after
+        extra = method.extra(parameters)
+        if keep < free or extra or method.widens(parameters) > 1:
+            after = protected + keep + extra + tail
+            steps.append(Step(place, method, here, after, tuple(sorted(parameters.items(), key=lambda kv: kv[0])), protected, keep,
+                              tail, text, weights, bool(given.get("length", False))))
+            count = after + place.lost
     return steps
 
 
+def place_protected(stream: Stream, place: Place) -> int:
+    """How many leading tokens may not be touched at a site."""
+    return stream.protected - place.lost
+
+
+def _span(stream: Stream, place: Place, spec: Spec, count: int, before: list[Step]) -> tuple[int, int]:
+    """The first token that the method may look at, and the one behind the last."""
+    protected = place_protected(stream, place)
+    if place.kind != "decoder":
+        return protected, count - place.lost
+    if before:  # the span is that of the first step, less what has been taken out of it
+        return before[-1].protected, count - before[-1].tail
+    text = spec.parameters.get("span")
+    match = re.fullmatch(r"(\d+):(\d+)", text or "")
+    if match is None:
+        raise ValueError("say which tokens are the image's, the video's or the audio's: span=START:STOP"
+                         + (f"; {text!r} is not that" if text else ""))
+    start, stop = int(match[1]), int(match[2])
+    if not protected <= start < stop <= count:
+        raise ValueError(f"span={text} is out of range: {protected} <= START < STOP <= {count}")
+    return start, stop
+
+
+def _stage(spec: Spec, ratios: Sequence[float], stage: int, free: int, before: list[Step]) -> int:
+    """Tokens that stay at one stage of several: a ratio of the tokens that were there at first."""
+    if stage >= len(ratios):
+        raise ValueError(f"it has {len(ratios)} stages, and is placed at more sites than those")
+    first = next((s for s in before if s.method is spec.method), None)
+    original = free if first is None else first.tokens_in - first.protected - first.tail
+    keep = max(1, int(original * ratios[stage]))
+    if keep > free:
+        raise ValueError(f"stage {stage} keeps {keep} tokens, and {free} are left: ratios may not rise")
+    return keep
+
+
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file by name, or the array of a `.npy` file as `array`. Raises ValueError."""
+    place = Path(path)
+    if not place.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        if place.suffix == ".safetensors":
+            return load_file(place)
+        if place.suffix == ".npy":
+            return {"array": torch.from_numpy(np.load(place, allow_pickle=False))}
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    raise ValueError(f"{path} is neither a .safetensors nor a .npy file")
+
+
+def _one(tensors: dict[str, Tensor], path: str) -> Tensor:
+    if len(tensors) != 1:
+        raise ValueError(f"{path} holds {len(tensors)} tensors: {', '.join(tensors)}; a text embedding is one")
+    text = next(iter(tensors.values()))
+    if text.ndim != 2 or not text.is_floating_point() or not bool(text.isfinite().all()):
+        raise ValueError(f"{path} holds {str(text.dtype).removeprefix('torch.')} {list(text.shape)}: a text embedding is a finite "
+                         "floating-point matrix (tokens, features)")
+    return text
+
+
 def _check_needs(method: Method, stream: Stream, before: list[Step]) -> None:
+    if "frames" in method.needs and (stream.frames is None or before):
+        raise ValueError(f"{method.name} needs the tokens of all frames of a video, frame after frame, and "
+                         + (f"{before[-1].method.name} before it has taken some" if stream.frames else
+                            "the tokens of this graph do not come in frames"))
     if "grid" in method.needs:
         if stream.grid is None:
             raise ValueError(f"{method.name} needs tokens on a grid, and none was found in this graph")

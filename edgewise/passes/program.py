@@ -46,6 +46,8 @@ class Program:
     steps: tuple[Step, ...] = ()
     notes: tuple[str, ...] = ()
     expected: dict[str, Tensor] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
+    """Inputs that the compression added: text embeddings, the number of real tokens."""
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -59,10 +61,11 @@ class Program:
             count = stream.tokens
             for place in stream.places:
                 steps = [s for s in self.steps if s.place.name == place.name]
-                after = steps[-1].tokens_out if steps else count
-                sites.append(Site(place.name, count, after, tuple(s.method.name for s in steps), place.side_values,
+                here = count - place.lost
+                after = steps[-1].tokens_out if steps else here
+                sites.append(Site(place.name, here, after, tuple(s.method.name for s in steps), place.side_values,
                                   place.refused))
-                count = after
+                count = after + place.lost
         return sites
 
     def module(self) -> torch.nn.Module:
@@ -79,7 +82,8 @@ class Program:
 
     def uncompressed(self) -> Program:
         """The program as captured and cleaned."""
-        return replace(self, exported=self.base, specs=(), steps=(), notes=())
+        inputs = {k: v for k, v in self.inputs.items() if k not in self.added}
+        return replace(self, exported=self.base, inputs=inputs, added=(), specs=(), steps=(), notes=())
 
 
 def make_program(captured: ExportedProgram, inputs: dict[str, Tensor], output_names: Sequence[str],
@@ -99,11 +103,15 @@ def compress(program: Program, *specs: str) -> Program:
     if not parsed:
         return program
     plan, notes = make_plan(program.analysis, parsed)
-    exported = program.base
+    exported, inputs = program.base, {k: v for k, v in program.inputs.items() if k not in program.added}
+    added: dict[str, Tensor] = {}
     for stream, planned in plan:
-        exported = Insert(stream, planned, program.analysis.engine)(exported).program
+        insert = Insert(stream, planned, program.analysis.engine)
+        exported = insert(exported).program
+        added |= insert.added
     steps = tuple(step for _, planned in plan for step in planned)
-    compressed = replace(program, exported=exported, specs=parsed, steps=steps, notes=tuple(notes))
+    compressed = replace(program, exported=exported, specs=parsed, steps=steps, notes=tuple(notes),
+                         inputs=inputs | added, added=tuple(added))
     # The analysis is of the uncompressed graph, which is the same: do not make it twice.
     compressed.__dict__["analysis"] = program.analysis
     return compressed

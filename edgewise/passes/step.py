@@ -1,0 +1,129 @@
+"""What one step of a plan computes, in plain torch: the body that an insertion traces into the graph."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgewise.ops.methods import Reduced, Tokens
+from edgewise.ops.reduce import take
+from edgewise.ops.score import attention_rows
+from edgewise.passes.analysis import Stream
+from edgewise.passes.anchors import Anchor
+from edgewise.passes.graph import shape_of
+from edgewise.passes.plan import Step
+
+Made = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""Tokens, sizes, indices of the kept tokens, and which of those are padding."""
+
+
+def reduce_step(step: Step, anchor: Anchor, stream: Stream, given: Mapping[str, Tensor | None],
+                crossed: Sequence[Tensor]) -> Made:
+    """Run one step.
+
+    `given` holds the tokens `x`, their `size` and `padding`, the `keys` and `queries` with their heads apart, the `text`, the
+    weights of the method by name, and the attention as `q`, `k` and `mask` or as `weights`. `crossed` are the tokens that were
+    kept since that attention ran.
+    """
+    x = given["x"]
+    assert x is not None
+    tokens = _batch_first(x, step.place.axis)
+    last = tokens.shape[1] - step.tail
+    batch, size, padding = tokens.shape[0], given.get("size"), given.get("padding")
+    keys, queries = (_heads(given.get(name), batch, anchor.transposed_k and name == "keys") for name in ("keys", "queries"))
+    if "queries" in step.method.needs:
+        keys, queries = _side_by_side(keys), _side_by_side(queries)
+    elif keys is not None:
+        keys = keys.mean(dim=1)
+    attention = _Attention(step, anchor, stream, given, crossed, batch)
+    made = step.method.reduce(
+        Tokens(tokens[:, :last], _until(size, last), _until(keys, last), attention.rows, stream.grid, _until(padding, last),
+               step.protected, has_class=stream.prefix > 0, queries=_until(queries, last), text=given.get("text"),
+               frames=stream.frames, weights=_weights(step, given)),
+        keep=step.keep, **dict(step.parameters))
+    return _whole(step, made, tokens, size, padding)
+
+
+def _weights(step: Step, given: Mapping[str, Tensor | None]) -> dict[str, Tensor] | None:
+    if step.weights is None:
+        return None
+    return {name: value for name in step.weights if (value := given[f"weights.{name}"]) is not None}
+
+
+def _whole(step: Step, made: Reduced, tokens: Tensor, size: Tensor | None, padding: Tensor | None) -> Made:
+    """The result with the tail behind it, in the layout of the stream."""
+    result, sizes, kept = made.tokens, made.size, made.kept if step.method.represented else None
+    if step.tail:
+        last = tokens.shape[1] - step.tail
+        result = torch.cat([result, tokens[:, last:]], dim=1)
+        if sizes is not None:
+            tail = torch.ones_like(sizes[:, :1]).expand(-1, step.tail, -1) if size is None else size[:, last:]
+            sizes = torch.cat([sizes, tail], dim=1)
+        if kept is not None:
+            tail = torch.arange(last, tokens.shape[1], device=kept.device).expand(kept.shape[0], -1)
+            kept = torch.cat([kept, tail], dim=1)
+    left = None if padding is None or kept is None else take(padding, kept, 1, 0)
+    axis = step.place.axis
+    if len(shape_of(step.place.node)) == 2:
+        result = result[0] if axis == 0 else result[0].t()
+    elif axis != 1:
+        result = result.transpose(axis, 1)
+    return result, sizes, kept, left
+
+
+class _Attention:
+    """The attention that scores a step, of which only the rows that are asked for are computed."""
+
+    def __init__(self, step: Step, anchor: Anchor, stream: Stream, given: Mapping[str, Tensor | None],
+                 crossed: Sequence[Tensor], batch: int) -> None:
+        self.anchor, self.given, self.crossed, self.batch = anchor, given, crossed, batch
+        self.tail, self.lost, self.has_class = step.tail, step.place.lost, stream.prefix > 0
+
+    def rows(self, rows: slice) -> Tensor:
+        """Attention `(B, heads, queries, N)` of some query rows to the tokens of the site, without its tail."""
+        if self.lost and not (self.has_class and rows == slice(0, 1)):
+            # Rows are counted from the first token of the site, which was not the first of the attention.
+            rows = slice((rows.start or 0) + self.lost, None if rows.stop is None else rows.stop + self.lost)
+        weights, q, k, mask = (self.given.get(name) for name in ("weights", "q", "k", "mask"))
+        if weights is not None:
+            attention = _heads(weights, self.batch)[:, :, rows]
+        else:
+            assert q is not None and k is not None
+            if mask is not None:
+                mask = mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
+                if q.ndim == 3 and mask.ndim == 3:
+                    mask = _heads(mask.expand(q.shape[0], -1, -1), self.batch)
+            elif self.anchor.causal and rows != slice(-1, None):
+                count = q.shape[-2]
+                mask = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()[rows]
+            keys = _heads(k, self.batch, self.anchor.transposed_k)
+            attention = attention_rows(_heads(q, self.batch)[:, :, rows], keys, self.anchor.scale, mask)
+        for kept in self.crossed:
+            attention = take(attention, kept, 3, 0)
+        return attention[..., :attention.shape[-1] - self.tail] if self.tail else attention
+
+
+def _heads(t: Any, batch: int, transposed: bool = False) -> Any:
+    """Queries, keys or attention as `(B, heads, N, D)`."""
+    if t is None:
+        return t
+    t = t.transpose(-1, -2) if transposed else t
+    return t.reshape(batch, -1, *t.shape[-2:])
+
+
+def _side_by_side(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.transpose(1, 2).flatten(2)
+
+
+def _until(t: Tensor | None, last: int) -> Tensor | None:
+    """The first `last` tokens, with no op in the graph where those are all."""
+    return t if t is None or t.shape[1] == last else t[:, :last]
+
+
+def _batch_first(x: Tensor, axis: int) -> Tensor:
+    """`x` as `(B, N, C)`."""
+    if x.ndim == 2:
+        return x.unsqueeze(0) if axis == 0 else x.t().unsqueeze(0)
+    return x if axis == 1 else x.transpose(axis, 1)
