@@ -24,9 +24,10 @@ from edgewise.errors import CheckFailed, InputError
 from edgewise.exporter.cache import Cache
 from edgewise.exporter.capture import capture, evaluating, from_exported, quiet
 from edgewise.exporter.digest import Weights, artifact_key
+from edgewise.exporter.half import rounded
 from edgewise.exporter.recipe import Recipe
 from edgewise.exporter.report import write_report
-from edgewise.exporter.run import Outputs, Runner, as_array, round_to_half
+from edgewise.exporter.run import Outputs, Runner, as_array
 from edgewise.exporter.sources import Source, load_source
 from edgewise.passes.flops import total_flops
 from edgewise.passes.legalise import Legalise
@@ -41,10 +42,9 @@ from edgewise.verify.metrics import overlap
 from edgewise.version import __version__
 
 CAPTURE_THRESHOLD = 1e-5
-LOWERING_THRESHOLD = {"fp32": 1e-4, "fp16": 1e-3}
-"""Largest relative error of an artifact, by precision. fp16 artifacts are compared with the program at the weights that
-half precision leaves, so that storage and lowering errors are not mixed up; the wider limit is for small tensors (biases),
-which some targets leave in single precision."""
+LOWERING_THRESHOLD = 1e-4
+"""Largest relative error of an artifact. Those of fp16 are compared with the program at the weights that half precision
+leaves, so that storage and lowering errors are not mixed up."""
 
 NEAR_TIE = 1e-5
 ATTEMPTS = 6
@@ -199,12 +199,13 @@ def _build(job: Job, folder: Path) -> Manifest:
         program = capture(source.module, source.args, source.kwargs)
     job.step("compress")
     compressed = insert(program, *job.recipe.compress)
-    lowered = _lower_all(job, compressed, folder)
+    stored = rounded(compressed.exported) if job.recipe.precision == "fp16" else compressed.exported
+    lowered = _lower_all(job, compressed, stored, folder)
     for attempt in range(ATTEMPTS):
         job.step("verify" if not attempt else "verify with another input: a decision was a near tie")
         samples = _samples(job, program, attempt)
         try:
-            base, wanted = _verify(job, compressed, lowered, samples, last=attempt == ATTEMPTS - 1)
+            base, wanted = _verify(job, compressed, stored, lowered, samples, last=attempt == ATTEMPTS - 1)
             break
         except NearTie:
             job.rungs.clear()
@@ -214,9 +215,15 @@ def _build(job: Job, folder: Path) -> Manifest:
 
 
 def _verify(
-    job: Job, program: Program, lowered: list[Lowered], samples: list[dict[str, Tensor]], last: bool
+    job: Job,
+    program: Program,
+    stored: ExportedProgram,
+    lowered: list[Lowered],
+    samples: list[dict[str, Tensor]],
+    last: bool,
 ) -> tuple[Outputs, Outputs]:
-    """Climb the ladder on these samples; gives the outputs of the uncompressed and of the compressed program.
+    """Climb the ladder on these samples; gives the outputs of the uncompressed program and of `stored`, which is the
+    compressed one with the weights that the artifacts have.
 
     Raises CheckFailed at the first rung above its threshold; NearTie if that may come from a choice between tokens whose
     scores are as close as rounding errors are. On the `last` attempt such an artifact is held to a wider limit instead.
@@ -232,11 +239,11 @@ def _verify(
         _judge_compression(job, base, wanted)
         _judge_realisations(job, runner)
     if job.recipe.precision == "fp16":
-        half = Runner(program.exported, program.output_names, weights=round_to_half)
+        half = Runner(stored, program.output_names)
         full = wanted
-        wanted, rounded = _stack(half, samples)
+        wanted, others = _stack(half, samples)
         runner.margin = half.margin
-        kept = [overlap(decisions[k], rounded[k]) for k in decisions]
+        kept = [overlap(decisions[k], others[k]) for k in decisions]
         agree = sum(kept) / len(kept) if kept else None
         note = "weights are stored in half precision; there is nothing to pass"
         job.rungs.append(judge("fp16 weights", "compressed", "precision", full, wanted, kept_overlap=agree, note=note))
@@ -246,9 +253,8 @@ def _verify(
         with low.target.load(low.files) as session:
             results = [session.run(feed) for feed in feeds]
         found = {k: np.stack([r[k] for r in results]) for k in results[0]}
-        limit = LOWERING_THRESHOLD[job.recipe.precision]
         try:
-            job.judge(low.artifact.label, against, "lowering", wanted, found, threshold=limit)
+            job.judge(low.artifact.label, against, "lowering", wanted, found, threshold=LOWERING_THRESHOLD)
         except CheckFailed as failed:
             if runner.margin >= NEAR_TIE:
                 raise
@@ -307,7 +313,7 @@ def _judge_realisations(job: Job, runner: Runner) -> None:
             "legalisation",
             {k: a for k, (a, _) in both.items()},
             {k: b for k, (_, b) in both.items()},
-            threshold=LOWERING_THRESHOLD["fp32"],
+            threshold=LOWERING_THRESHOLD,
         )
 
 
@@ -321,7 +327,7 @@ class Lowered:
     step: Legalise
 
 
-def _lower_all(job: Job, program: Program, folder: Path) -> list[Lowered]:
+def _lower_all(job: Job, program: Program, stored: ExportedProgram, folder: Path) -> list[Lowered]:
     lowered: list[Lowered] = []
     legalised: dict[str, ExportedProgram] = {}
     for target in job.chosen:
@@ -329,7 +335,7 @@ def _lower_all(job: Job, program: Program, folder: Path) -> list[Lowered]:
         step = Legalise(target.realisations)
         key = repr(sorted(target.realisations.items()))
         if key not in legalised:
-            legalised[key] = step(program.exported).program
+            legalised[key] = step(stored).program
         files = _lower(job, target, legalised[key], program, folder / target.name)
         artifact = Artifact(
             target=target.name,

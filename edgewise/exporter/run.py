@@ -18,7 +18,7 @@ Outputs = dict[str, np.ndarray]
 
 
 class Runner(fx.Interpreter):
-    """Runs a program with its own weights, or with `weights` made of them.
+    """Runs a program.
 
     `decisions` holds what each selection or matching kept in the last run, by node name. With `realised` (by label, a
     function for each compression op), every compression op is also computed by these on the values that it really gets:
@@ -29,12 +29,10 @@ class Runner(fx.Interpreter):
         self,
         exported: ExportedProgram,
         output_names: tuple[str, ...],
-        weights: Callable[[Tensor], Tensor] | None = None,
         realised: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
     ) -> None:
         super().__init__(exported.graph_module, garbage_collect_values=True)
-        tensors = parameters_of(exported)
-        self._weights = {k: v if weights is None else weights(v) for k, v in tensors.items()}
+        self._weights = parameters_of(exported)
         self._inputs = [n.name for n in user_inputs(exported)]
         self._placeholders = [n.name for n in exported.graph.nodes if n.op == "placeholder"]
         self._names = output_names
@@ -98,11 +96,3 @@ def _margin(op: str, args: Any) -> float:
 def as_array(value: Tensor) -> np.ndarray:
     """A tensor as a NumPy array of its own memory."""
     return value.detach().cpu().contiguous().numpy().copy()
-
-
-def round_to_half(tensor: Tensor) -> Tensor:
-    """Weights as they come back from half-precision storage; values beyond its range stay, as no target stores them so."""
-    if not tensor.is_floating_point() or tensor.dtype == torch.float16:
-        return tensor
-    half = tensor.to(torch.float16).to(tensor.dtype)
-    return tensor if not bool(torch.isfinite(half).all()) else half

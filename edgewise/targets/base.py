@@ -174,7 +174,9 @@ class Target(ABC):
 
         `exported` holds ATen ops only and has static shapes. The artifact's inputs and outputs have exactly
         the given names, in this order. The same program gives the same bytes. Gives the files, the main one
-        first. Raises `InputError` if the names do not fit or the target cannot lower the program.
+        first. With `fp16`, large tensors that half precision holds exactly are stored in it (see
+        `edgewise.targets.half`); rounding them is the caller's. Raises `InputError` if the names do not fit or
+        the target cannot lower the program.
         """
 
     @abstractmethod

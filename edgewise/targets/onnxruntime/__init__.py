@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class OnnxRuntime(Target):
-    """One `.onnx` file, or two above 1.8 GB. With `fp16` the weights are stored in half precision, and the
+    """One `.onnx` file, or two above 1.8 GB. With `fp16` weights are stored in half precision, and the
     arithmetic is single precision all the same."""
 
     name = "onnxruntime"

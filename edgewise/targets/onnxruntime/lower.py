@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgewise.errors import InputError
+from edgewise.targets.half import as_half
 from edgewise.targets.program import prepare
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 # Protobuf, and so one ONNX file, ends at 2 GiB. Beyond this limit the weights go to a second file.
 EXTERNAL_ABOVE = 1_800_000_000
-# Halving a tensor that is smaller than this saves less than the Cast node costs.
-HALVE_FROM = 1024
 
 Weights = dict[str, np.ndarray]
 
@@ -75,26 +74,19 @@ def _rename(graph: Any, input_names: Sequence[str], output_names: Sequence[str])
 
 
 def _halve(model: onnx.ModelProto, weights: Weights) -> Weights:
-    """Store the large fp32 weights as fp16, each followed by a Cast to fp32.
-
-    A weight that fp16 cannot hold, because it has a number above 65504, stays as it is.
-    """
+    """Store as fp16, followed by a Cast to fp32, what loses nothing by it."""
     import onnx
 
     halved: Weights = {}
     casts = []
     for name, array in weights.items():
-        if array.dtype == np.float32 and array.nbytes >= HALVE_FROM:
-            with np.errstate(over="ignore"):
-                half = array.astype(np.float16)
-            if np.isfinite(half).all():
-                stored = f"{name}.fp16"
-                halved[stored] = half
-                casts.append(
-                    onnx.helper.make_node("Cast", [stored], [name], f"cast {name}", to=onnx.TensorProto.FLOAT)
-                )
-                continue
-        halved[name] = array
+        half = as_half(array)
+        if half is None:
+            halved[name] = array
+        else:
+            stored = f"{name}.fp16"
+            halved[stored] = half
+            casts.append(onnx.helper.make_node("Cast", [stored], [name], f"cast {name}", to=onnx.TensorProto.FLOAT))
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class OpenVino(Target):
-    """OpenVINO IR, `.xml` and `.bin`. With `fp16` the weights are stored in half precision and the arithmetic
+    """OpenVINO IR, `.xml` and `.bin`. With `fp16` weights are stored in half precision and the arithmetic
     is the device's choice; with `fp32` both are single precision."""
 
     name = "openvino"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewise.errors import InputError
+from edgewise.targets.half import as_half
 from edgewise.targets.program import prepare, quiet
 
 if TYPE_CHECKING:
@@ -28,10 +29,12 @@ def lower(
 
     model = _convert(prepare(exported, "openvino", input_names, output_names))
     _name(model, input_names, output_names)
+    if precision == "fp16":
+        _halve(model)
     path = Path(folder) / f"{stem}.xml"
     files = [path, path.with_suffix(".bin")]
     try:
-        openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
+        openvino.save_model(model, path, compress_to_fp16=False)
     except RuntimeError as error:
         # All that it says is "iostream error", whether the disk is full or the folder may not be written.
         for part in files:
@@ -39,6 +42,25 @@ def lower(
         _probe(path, _upper_size(model))
         raise InputError(f"target openvino cannot write {path}: {_reason(error)}") from error
     return files
+
+
+def _halve(model: Any) -> None:
+    """Store as fp16, followed by a Convert to fp32, what loses nothing by it."""
+    from openvino._offline_transformations import compress_model_transformation
+
+    kept = {
+        node.get_friendly_name(): node
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant"
+        and node.get_element_type().to_string() in ("f32", "f64")
+        and as_half(node.data) is None
+    }
+    # This halves nearly every constant, and marks the Converts for devices that compute in fp16, which leave them out.
+    # Each gets the name of its constant.
+    compress_model_transformation(model)
+    for node in model.get_ops():
+        if node.get_type_name() == "Convert" and node.get_friendly_name() in kept:
+            node.output(0).replace(kept[node.get_friendly_name()].output(0))
 
 
 # A layer of the `.xml` takes 1 to 2 KiB.
