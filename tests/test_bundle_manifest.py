@@ -37,6 +37,15 @@ def test_a_component_is_found_by_its_role() -> None:
         manifest().component("vision_encodr")
 
 
+def test_a_manifest_of_an_older_version_is_read() -> None:
+    older = document()
+    older["schema_version"] = 1
+    del older["notes"]
+    read = parse(encode(older), "manifest.json")
+    assert (read.schema_version, read.notes) == (1, ())
+    assert read == manifest(schema_version=1)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -47,7 +56,9 @@ def test_a_component_is_found_by_its_role() -> None:
         (b'{"format": "zip"}', "lacks"),
         (b'{"format": "edgewise-bundle"}', "schema_version None"),
         (b'{"format": "edgewise-bundle", "schema_version": true}', "schema_version True"),
-        (b'{"format": "edgewise-bundle", "schema_version": 2}', "Upgrade edgewise"),
+        (b'{"format": "edgewise-bundle", "schema_version": 0}', "Export the model again"),
+        (b'{"format": "edgewise-bundle", "schema_version": 1.5}', "Export the model again"),
+        (b'{"format": "edgewise-bundle", "schema_version": 3}', "reads 1 to 2. Upgrade edgewise"),
         (b'{"format": "edgewise-bundle", "schema_version": 1}', "does not fit"),
         (b'{"a": 1, "a": 2}', "key 'a' is there more than once"),
         (b'{"a": NaN}', "NaN is not JSON"),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bundle_helpers import build, make, manifest, snapshot
+from bundle_helpers import build, edit, make, manifest, snapshot
 
 from edgewise.bundle import Bundle, Manifest, write_bundle, writer
 from edgewise.errors import InputError
@@ -69,8 +69,7 @@ def test_exchange_swaps_two_folders(tmp_path: Path) -> None:
 
 def test_a_damaged_or_newer_bundle_is_replaced(tmp_path: Path) -> None:
     out = make(tmp_path / "out").path
-    text = (out / "manifest.json").read_text()
-    (out / "manifest.json").write_text(text.replace('"schema_version": 1', '"schema_version": 99'))
+    edit(out, lambda document: document.update(schema_version=99))
     (out / "recipe.yaml").unlink()
     make(out)
     assert Bundle.open(out).manifest.files

@@ -70,6 +70,18 @@ def test_export_in_half_precision(cli: Cli, tiny: str, tmp_path: Path) -> None:
     assert [rung["name"] for rung in said.document["verification"] if rung["kind"] == "precision"] == ["fp16 weights"]
 
 
+def test_what_an_export_adjusts_is_noted(cli: Cli, tiny: str, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    said = cli("export", f"{tiny}:make", "-o", out, "--compress", "tome:r=8", "--target", "onnxruntime")
+    (note,) = edgewise.Bundle.open(out).manifest.notes
+    assert note.startswith("tome:r=8 at encoder.block[1]: r=8 clipped to 4")
+    assert f"note: {note}" in said.out.splitlines()
+    assert f"note: {note}" in cli("inspect", out).out.splitlines()
+    assert note in (out / "report.html").read_text("utf-8")
+    said = cli("export", f"{tiny}:make", "-o", out, "--compress", "tome:r=8", "--target", "onnxruntime", "--json")
+    assert said.document["notes"] == [note]
+
+
 def test_inspect_a_model(cli: Cli, tiny: str) -> None:
     document = cli("inspect", f"{tiny}:make", "--json").document
     assert document["streams"] == [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
@@ -17,7 +17,9 @@ from edgewise.schema import Strict
 from edgewise.verify.ladder import Rung
 
 FORMAT = "edgewise-bundle"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 2
+"""Goes up with every new key, as older readers refuse keys that they do not know. All lower versions are read: new keys have
+defaults. 2: `notes`."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_MANIFEST_DEPTH = 64
@@ -128,10 +130,13 @@ class FileInfo(Strict):
 
 
 class Manifest(Strict):
-    """All that a bundle says of itself. `files` holds every file of the bundle but `manifest.json`."""
+    """All that a bundle says of itself.
+
+    `files` holds every file of the bundle but `manifest.json`; `notes` what the export adjusted or left out, in words.
+    """
 
     format: Literal["edgewise-bundle"] = "edgewise-bundle"
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     edgewise_version: str
     model: ModelInfo
     compress: tuple[str, ...] = ()
@@ -139,6 +144,7 @@ class Manifest(Strict):
     preprocessing: dict[str, Any] = {}
     targets: tuple[Artifact, ...] = ()
     verification: tuple[Rung, ...] = ()
+    notes: tuple[str, ...] = ()
     golden: dict[str, str] = {}
     seed: int = 0
     recipe: str = "recipe.yaml"
@@ -223,11 +229,11 @@ def parse(data: bytes, where: str) -> Manifest:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise InputError(f'{where} is not the manifest of an edgewise bundle: it lacks "format": "{FORMAT}".')
     version = document.get("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
+    if version not in range(1, SCHEMA_VERSION + 1) or isinstance(version, bool):
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         mend = "Upgrade edgewise to read it." if newer else "Export the model again."
         raise InputError(
-            f"{where} has schema_version {version!r}; this edgewise reads {SCHEMA_VERSION}. {mend}"
+            f"{where} has schema_version {version!r}; this edgewise reads 1 to {SCHEMA_VERSION}. {mend}"
         )
     try:
         return Manifest.model_validate_json(data, strict=True)

@@ -76,6 +76,7 @@ def export(
             screen.show(tables.sites(component))
         screen.show(tables.cost(component))
     screen.show(tables.ladder(manifest.verification), tables.artifacts(bundle))
+    screen.show(*tables.notes(manifest))
     for artifact in manifest.targets:
         for warning in artifact.warnings:
             screen.say(f"warning: {artifact.label}: {warning}")
@@ -87,6 +88,7 @@ def export(
             "compress": list(manifest.compress),
             "components": [component.model_dump(mode="json") for component in manifest.components],
             "verification": [rung.model_dump(mode="json") for rung in manifest.verification],
+            "notes": list(manifest.notes),
             "artifacts": [
                 {**artifact.model_dump(mode="json"), "bytes": tables.artifact_sizes(bundle)[artifact.label]}
                 for artifact in manifest.targets

@@ -181,5 +181,5 @@ def _bundle(folder: Path, screen: Screen) -> Result:
         if component.sites:
             screen.show(tables.sites(component))
         screen.show(tables.cost(component))
-    screen.show(tables.artifacts(bundle), tables.ladder(manifest.verification))
+    screen.show(tables.artifacts(bundle), tables.ladder(manifest.verification), *tables.notes(manifest))
     return Result({"bundle": str(folder), "manifest": manifest.model_dump(mode="json")})

@@ -63,6 +63,12 @@ def artifacts(bundle: Bundle) -> Table:
     return made
 
 
+def notes(manifest: Manifest) -> list[str]:
+    """One line for each note: on the export, and on the checks that passed with one."""
+    checked = [rung.note for rung in manifest.verification if rung.passed and rung.note]
+    return [f"note: {note}" for note in dict.fromkeys([*manifest.notes, *checked])]
+
+
 def tensors(manifest: Manifest) -> Table:
     """Inputs and outputs of every component."""
     made = table("inputs and outputs", "component", "", "name", "shape", "dtype")

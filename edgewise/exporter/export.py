@@ -489,8 +489,9 @@ def _manifest(
         preprocessing=job.source.preprocessing,
         targets=tuple(artifacts),
         verification=tuple(job.rungs),
+        notes=(*job.source.notes, *program.notes),
         golden={program.role: f"golden/{program.role}.safetensors"},
         seed=job.recipe.seed,
     )
-    write_report(manifest, program.sites, folder / "report.html", notes=(*job.source.notes, *program.notes))
+    write_report(manifest, program.sites, folder / "report.html")
     return manifest

@@ -27,7 +27,7 @@ svg text{fill:var(--ink);font:12px system-ui,sans-serif}code{overflow-wrap:anywh
 """
 
 
-def write_report(manifest: Manifest, sites: Sequence[Site], path: Path, notes: Sequence[str] = ()) -> None:
+def write_report(manifest: Manifest, sites: Sequence[Site], path: Path) -> None:
     """Write the page to `path`, beside the files of the bundle that it sums up."""
     (component,) = manifest.components
     sizes = {a.label: sum((path.parent / f).stat().st_size for f in a.files) for a in manifest.targets}
@@ -72,7 +72,7 @@ def write_report(manifest: Manifest, sites: Sequence[Site], path: Path, notes: S
         "the same program: an error there would be a defect, and would have stopped the export.</p>",
     ]
     remarks = [
-        *notes,
+        *manifest.notes,
         *(r.note for r in manifest.verification if r.note),
         *(w for a in manifest.targets for w in a.warnings),
     ]
