@@ -157,6 +157,21 @@ def test_the_table(record: Record) -> None:
         assert part in text
 
 
+@pytest.mark.parametrize("width", [60, 100])
+def test_a_narrow_table_loses_nothing(record: Record, width: int) -> None:
+    label = "onnxruntime/vision_language_projector_and_encoder/fp16"
+    one = record.measurements[0].model_copy(update={"artifact": label, "peak_memory_bytes": 123456 * 2**20})
+    changed = {"measurements": (one,), "compress": ("topk@encoder.block[1]:keep=0.5",)}
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table(record.model_copy(update=changed)))
+    lines = console.export_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    columns = ["".join(column) for column in zip(*cells, strict=True)]
+    assert columns[0] == label and "123456MiB" in [column.replace(" ", "") for column in columns]
+    assert "…" not in "".join(lines)
+    assert "block[1]" in "".join(line.strip() for line in lines)
+
+
 def test_a_table_of_unknowns_has_dashes(record: Record) -> None:
     unknown = record.measurements[0].model_copy(
         update={

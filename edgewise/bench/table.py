@@ -17,22 +17,12 @@ def table(record: Record) -> RenderableType:
 
     An unknown number is a dash.
     """
-    rows = Table(title=f"{record.model}  {' '.join(record.compress)}".rstrip(), title_justify="left")
-    rows.add_column("artifact")
-    for heading in (
-        "tokens",
-        "load",
-        "mean",
-        "p50",
-        "p90",
-        "p99",
-        "CV",
-        "speed-up",
-        "peak memory",
-        "max error",
-    ):
-        rows.add_column(heading, justify="right")
-    rows.add_column("validity")
+    title = Text(f"{record.model}  {' '.join(record.compress)}".rstrip())
+    rows = Table(title=title, title_justify="left")
+    numbers = ("tokens", "load", "mean", "p50", "p90", "p99", "CV", "speed-up", "peak memory", "max error")
+    for heading in ("artifact", *numbers, "validity"):
+        # Folded, and not cut: on a narrow terminal every name can still be read.
+        rows.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
     for one in record.measurements:
         rows.add_row(*_cells(one))
     notes = [f"{one.artifact}: {reason}" for one in record.measurements for reason in one.reasons]
