@@ -139,6 +139,47 @@ def test_a_build_that_fails_changes_nothing(tmp_path: Path, old: bool) -> None:
     assert names(tmp_path) == (["out"] if old else [])
 
 
+def fails(folder: Path) -> Manifest:
+    build()(folder)
+    raise InputError("refused")
+
+
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_parents_made_for_a_refused_bundle_are_removed(tmp_path: Path, error: type[BaseException]) -> None:
+    def stops(folder: Path) -> Manifest:
+        build()(folder)
+        assert names(tmp_path / "mine") == ["a"]
+        raise error("refused")
+
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(error):
+        write_bundle(tmp_path / "mine" / "a" / "b" / "out", stops)
+    assert names(tmp_path / "mine") == []
+
+
+def test_parents_that_others_use_stay(tmp_path: Path) -> None:
+    def meanwhile(folder: Path) -> Manifest:
+        (tmp_path / "a" / "notes.txt").write_text("years of work")
+        return fails(folder)
+
+    with pytest.raises(InputError, match="refused"):
+        write_bundle(tmp_path / "a" / "b" / "c" / "out", meanwhile)
+    assert names(tmp_path / "a") == ["notes.txt"]
+    with pytest.raises(InputError, match="refused"):
+        write_bundle(tmp_path / "a" / "out", fails)
+    assert names(tmp_path / "a") == ["notes.txt"]
+
+
+def test_parents_that_cannot_all_be_made_are_removed(tmp_path: Path) -> None:
+    out = tmp_path / "a" / ("x" * 300) / "b" / "out"
+    with pytest.raises(InputError, match="cannot write"):
+        write_bundle(out, fails)
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    with pytest.raises(InputError, match="cannot write"):
+        write_bundle(tmp_path / "dangling" / "b" / "out", fails)
+    assert names(tmp_path) == ["dangling"]
+
+
 def test_errors_of_the_build_about_other_files_are_passed_on(tmp_path: Path) -> None:
     def fails(folder: Path) -> Manifest:
         (tmp_path / "model.pt2").read_bytes()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import json
 import os
 import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgewise.bundle.manifest import FORMAT, MANIFEST_NAME, MAX_MANIFEST_BYTES, FileInfo, Manifest, dump
@@ -33,7 +34,8 @@ def write_bundle(out: str | os.PathLike[str], build: Callable[[Path], Manifest])
     """Write a bundle to the folder `out` and give it back, opened.
 
     `build(folder)` writes every file but `manifest.json` below `folder` and returns the manifest; its `files`
-    are filled in here. If `build` raises, nothing is published and nothing is left behind.
+    are filled in here. If `build` raises, nothing is published and nothing is left behind, parents made for `out`
+    included.
 
     `out` may be absent (its parents are made), an empty folder, or an edgewise bundle, which is replaced
     atomically. Raises `InputError` if it is anything else, and nothing of it is touched; also if there is no
@@ -41,9 +43,15 @@ def write_bundle(out: str | os.PathLike[str], build: Callable[[Path], Manifest])
     """
     place = Path(os.path.abspath(out))
     _check_place(place)
-    with _explained(place.parent):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(place)
+    with _parents(place):
+        with _explained(place.parent):
+            _sweep(place)
+        manifest = _build(place, build)
+    return Bundle(place, manifest)
+
+
+def _build(place: Path, build: Callable[[Path], Manifest]) -> Manifest:
+    """Build beside `place`, seal and publish."""
     with _temporary(place) as folder:
         with _explained(place, folder, only_ours=True):
             manifest = build(folder)
@@ -55,7 +63,7 @@ def write_bundle(out: str | os.PathLike[str], build: Callable[[Path], Manifest])
         _check_place(place)
         with _explained(place, folder):
             _publish(folder, place)
-    return Bundle(place, manifest)
+    return manifest
 
 
 def _check_place(place: Path) -> None:
@@ -179,6 +187,29 @@ def _exchange(first: Path, second: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(second))
+
+
+@contextmanager
+def _parents(place: Path) -> Iterator[None]:
+    """Make the parents of `place`. If what follows fails, those made here are removed again, as far as they are empty."""
+    made: list[Path] = []
+    try:
+        with _explained(place.parent):
+            missing = list(itertools.takewhile(lambda parent: not parent.exists(), place.parents))
+            for parent in reversed(missing):
+                try:
+                    parent.mkdir()
+                except FileExistsError:  # another writer was faster, and it is not ours to remove
+                    if not parent.is_dir():
+                        raise
+                else:
+                    made.append(parent)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for parent in reversed(made):
+                parent.rmdir()
+        raise
 
 
 @contextmanager
