@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from edgewise.errors import extras_named
 from edgewise.version import __version__
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ __all__ = ["__version__", *_LAZY]
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'edgewise' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    with extras_named():
+        return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

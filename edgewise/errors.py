@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class EdgewiseError(Exception):
@@ -30,6 +31,32 @@ class InputError(EdgewiseError):
 
 class MissingExtra(InputError):
     """An optional package is absent or too old. The message says what to install."""
+
+
+# Which extra installs a module that may be absent.
+_EXTRAS = {
+    "PIL": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "torch": "export",
+    "transformers": "export",
+    "yaml": "export",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+}
+
+
+@contextlib.contextmanager
+def extras_named() -> Iterator[None]:
+    """Turn the error of a module that is not there into a `MissingExtra`, if an extra has it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _EXTRAS:
+            raise
+        mend = f'pip install "edgewise[{_EXTRAS[name]}]"'
+        raise MissingExtra(f"{name} is not installed; install it with: {mend}") from error
 
 
 class Refused(InputError):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 
-from edgewise.errors import CheckFailed, EdgewiseError, InputError, MissingExtra, Refused, unknown
+from edgewise.errors import CheckFailed, EdgewiseError, InputError, MissingExtra, Refused, extras_named, unknown
 
 
 def test_exit_codes_follow_the_command_line() -> None:
@@ -37,3 +39,32 @@ def test_refused_folds_its_fields_into_the_message() -> None:
 def test_refused_can_be_sent_between_processes() -> None:
     error = pickle.loads(pickle.dumps(Refused("why", node="n", source="s", method="m")))
     assert (error.reason, error.node, error.source, error.method) == ("why", "n", "s", "m")
+
+
+def test_a_missing_module_names_its_extra() -> None:
+    for module, extra in (("torch.export", "export"), ("openvino", "openvino")):
+        with pytest.raises(MissingExtra, match=rf'pip install "edgewise\[{extra}\]"'), extras_named():
+            raise ModuleNotFoundError("gone", name=module)
+    for error in (ModuleNotFoundError("gone", name="nobody_knows"), ModuleNotFoundError("gone")):
+        with pytest.raises(ModuleNotFoundError, match="gone"), extras_named():
+            raise error
+
+
+@pytest.mark.parametrize("hidden", [["torch", "transformers", "yaml", "onnx", "onnxscript"], ["transformers"]])
+def test_the_python_interface_names_the_extra(hidden: list[str]) -> None:
+    names = ["capture", "compress", "export", "Program"] if "torch" in hidden else []
+    code = f"""
+import sys
+for name in {hidden!r}:
+    sys.modules[name] = None  # importing it is an error
+import edgewise
+edgewise.load, edgewise.Bundle, edgewise.Session
+for use in [*(lambda name=name: getattr(edgewise, name) for name in {names!r}), lambda: edgewise.export("some/model", "b")]:
+    try:
+        use()
+    except edgewise.MissingExtra as error:
+        assert 'pip install "edgewise[export]"' in str(error), error
+    else:
+        raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,25 +18,13 @@ import typer
 
 from edgewise.cli import bench, export, inspect, listings, run, verify
 from edgewise.cli.screen import ReaderGone, Result
-from edgewise.errors import EdgewiseError, MissingExtra, Refused, unknown
+from edgewise.errors import EdgewiseError, Refused, extras_named, unknown
 from edgewise.version import __version__
 
 INTERRUPTED = 130
 
 # The base of all usage errors. Its module differs between versions of typer.
 _UsageError: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-
-# Which extra installs a module that may be absent.
-_EXTRAS = {
-    "PIL": "export",
-    "onnx": "export",
-    "onnxscript": "export",
-    "torch": "export",
-    "transformers": "export",
-    "yaml": "export",
-    "onnxruntime": "onnxruntime",
-    "openvino": "openvino",
-}
 
 app = typer.Typer(
     name="edgewise",
@@ -108,7 +96,8 @@ def _result(args: list[str], debug: bool) -> Result:
         if not debug:
             warnings.simplefilter("ignore")
         _check_verb(args)
-        done = typer.main.get_command(app).main(args=args, prog_name="edgewise", standalone_mode=False)
+        with extras_named():
+            done = typer.main.get_command(app).main(args=args, prog_name="edgewise", standalone_mode=False)
         if isinstance(done, Result):
             return done
         # The code of an early exit: --help, or an interrupt.
@@ -128,11 +117,6 @@ def _result(args: list[str], debug: bool) -> Result:
 
 def _explained(error: Exception) -> Result:
     """What a failed verb gives back, and what it says."""
-    if isinstance(error, ModuleNotFoundError):
-        name = (error.name or "").partition(".")[0]
-        if name in _EXTRAS:
-            mend = f'pip install "edgewise[{_EXTRAS[name]}]"'
-            error = MissingExtra(f"{name} is not installed; install it with: {mend}")
     details: dict[str, Any] = {"kind": type(error).__name__}
     if isinstance(error, EdgewiseError):
         if isinstance(error, Refused):

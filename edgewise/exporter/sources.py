@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgewise import demos
-from edgewise.errors import InputError, unknown
+from edgewise.errors import InputError, extras_named, unknown
 
 
 @dataclass
@@ -150,7 +150,8 @@ def _pt2(model: str) -> Source:
 def _hugging_face(
     model: str, shapes: dict[str, tuple[int, ...]], batch: int, seed: int, remote: bool, pickled: bool
 ) -> Source:
-    import transformers
+    with extras_named():
+        import transformers
 
     from edgewise.exporter.capture import quiet
 
