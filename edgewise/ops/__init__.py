@@ -9,10 +9,11 @@ from edgewise.ops import catalogue as _catalogue  # noqa: F401 (it registers the
 from edgewise.ops.apply import Compressed, apply
 from edgewise.ops.match import bipartite_match
 from edgewise.ops.methods import METHODS, Method, Parameter, Reduced, Tokens, method
+from edgewise.ops.order import order_tokens
 from edgewise.ops.reduce import merge, take
 from edgewise.ops.select import top_tokens
 
 __all__ = [
     "METHODS", "Compressed", "Method", "Parameter", "Reduced", "Tokens", "apply", "bipartite_match", "merge", "method",
-    "take", "top_tokens",
+    "order_tokens", "take", "top_tokens",
 ]

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from edgewise.ops.match import max_merges
@@ -43,22 +44,22 @@ def count_to_keep(method: Method, keep: float | int | None, r: int | None, count
     if r is not None and not 0 <= r < free:
         raise ValueError(f"r={r} is out of range: 0 to {free - 1}")
     wanted = free - r if r is not None else None if keep is None else kept_count(keep, free)
+    if wanted is None and method.count is not None:
+        return method.count(free, grid, frames, parameters)
     if method.legal_counts is not None:
-        legal = method.legal_counts(free, grid)
-        options = ", ".join(f"{n} ({', '.join(f'{k}={v}' for k, v in given.items())})" for n, given in legal.items())
+        legal = method.legal_counts(free, grid, frames, parameters)
+        options = _options(legal)
         if wanted is None:
             wanted = next((n for n, given in legal.items() if all(parameters[k] == v for k, v in given.items())), None)
             if wanted is None:
                 named = {k: parameters[k] for given in legal.values() for k in given} or parameters
                 raise ValueError(f"{', '.join(f'{k}={v}' for k, v in named.items())} does not fit the grid {grid}: it can keep "
-                                 f"{options or 'nothing less'}")
+                                 f"{options}")
         elif wanted not in legal:
-            raise ValueError(f"{method.name} cannot keep {wanted} of {free} tokens on the grid {grid}: "
-                             f"it can keep {options or 'nothing less'}")
+            raise ValueError(f"{method.name} cannot keep {wanted} of {free} tokens"
+                             + (f" on the grid {grid}" if "grid" in method.needs else "") + f": it can keep {options}")
         parameters.update(legal[wanted])
         return wanted
-    if method.count is not None and wanted is None:
-        return method.count(free, grid, frames, parameters)
     if wanted is None:
         raise ValueError("give keep=... (tokens that stay: a fraction such as 0.5, or a count)"
                          + (" or r=... (tokens that go)" if method.merges else ""))
@@ -124,3 +125,15 @@ def _most(tokens: int, protected: int, blocks: int) -> int:
     for _ in range(blocks):
         left -= max_merges(left, protected)
     return tokens - left
+
+
+def _options(legal: Mapping[int, Mapping[str, Any]]) -> str:
+    """Legal counts in words: all of them with the parameters that give them, or their range where they are many."""
+    if len(legal) > 16:
+        counts = sorted(legal)
+        step = min(b - a for a, b in pairwise(counts))
+        whole = counts == list(range(counts[0], counts[-1] + 1, step))
+        return (f"{counts[0]} to {counts[-1]}" + (f" in steps of {step}" if step > 1 else "") if whole else
+                f"{', '.join(map(str, counts[:8]))}, ... {counts[-1]}")
+    return ", ".join(str(n) + (f" ({', '.join(f'{k}={v}' for k, v in given.items())})" if given else "")
+                     for n, given in legal.items()) or "nothing less"

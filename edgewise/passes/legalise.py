@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from edgewise.passes import order_realisations as _order_realisations  # noqa: F401 (it registers them)
 from edgewise.passes.graph import Editor, trace
 from edgewise.passes.infra import Pass, PassResult
 from edgewise.passes.realisations import REALISATIONS

@@ -31,6 +31,7 @@ class OnnxRuntime(Target):
         "bipartite_match": ("topk", "sort_free", "scatter"),
         "take": ("topk", "sort_free", "scatter"),
         "merge": ("topk", "sort_free", "scatter"),
+        "order_tokens": ("topk", "sort_free", "scatter"),
     }
 
     def lower(
