@@ -113,10 +113,12 @@ def _(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def first_best(scores: Tensor) -> Tensor:
     """The lowest index of each row's maximum `(B, R, N) -> (B, R)`, by equality: OpenVINO lowers the index of a maximum to a
-    TopK that does not keep ties in order."""
+    TopK that does not keep ties in order. In float, because OpenVINO (2026.4) gives wrong numbers where it fuses an addition into
+    a minimum of integers."""
     count = scores.shape[-1]
-    place = torch.arange(count, device=scores.device)
-    return torch.where(scores == scores.amax(dim=-1, keepdim=True), place, count).amin(dim=-1)
+    place = torch.arange(count, device=scores.device, dtype=torch.float32)
+    best = torch.where(scores == scores.amax(dim=-1, keepdim=True), place, float(count)).amin(dim=-1)
+    return best.to(torch.int64)
 
 
 @realisation("bipartite_match", FREE)

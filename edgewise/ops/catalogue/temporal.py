@@ -239,9 +239,9 @@ def _tome16_counts(free: int, grid: Grid | None, frames: int | None, parameters:
 def _tome16_count(free: int, grid: Grid | None, frames: int | None, parameters: Mapping[str, Any]) -> int:
     assert frames is not None
     _clips(frames, parameters["clip"])
-    if parameters["tokens"] > free // frames:
-        raise ValueError(f"tokens={parameters['tokens']} is out of range: a frame has {free // frames}")
-    return frames * int(parameters["tokens"])
+    if parameters["per_frame"] > free // frames:
+        raise ValueError(f"per_frame={parameters['per_frame']} is out of range: a frame has {free // frames}")
+    return frames * int(parameters["per_frame"])
 
 
 def _clips(frames: int | None, clip: int) -> int:
@@ -259,7 +259,7 @@ def _clips(frames: int | None, clip: int) -> int:
     limits="keep counts the tokens of all frames, and is a multiple of the number of frames (of clips).",
     parameters=(
         KEEP,
-        Parameter("tokens", 16, "tokens that stay of each frame, where keep is not given", least=1),
+        Parameter("per_frame", 16, "tokens that stay of each frame, where keep is not given", least=1),
         Parameter("heads", None, "parts of the features that are averaged to compare tokens (64 features each where not given and "
                   "the width allows it, else one)", least=1),
         Parameter("clip", 1, "frames that are merged together", least=1),
