@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from families import build
 from torch import Tensor, nn
 
+import edgewise
 from edgewise import targets
 from edgewise.ops import apply
 from edgewise.passes.legalise import Legalise, is_compression_op
@@ -58,3 +60,15 @@ def check_graph(
         with chosen.load(files, threads=1) as session:
             got = session.run({"x": x.numpy()})["y"]
         np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def check_export(family: str, spec: str, folder: Path, tokens_out: int) -> None:
+    """The method in a small model of a family, on every target: as many tokens as expected, and lowering errors within 1e-4."""
+    model, inputs = build(family, small=True)
+    bundle = edgewise.export(model, folder / "b", example=inputs, targets=EVERY, compress=spec, cache=False)
+    component = bundle.manifest.components[0]
+    assert component.sites[-1].tokens_out == tokens_out
+    rungs = [rung for rung in bundle.manifest.verification if rung.kind == "lowering"]
+    assert {rung.name.split("/")[0] for rung in rungs} == set(EVERY)
+    for rung in rungs:
+        assert all(errors.relative is not None and errors.relative <= 1e-4 for errors in rung.outputs.values()), rung

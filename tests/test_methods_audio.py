@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_graphs import EVERY, check_graph
+from method_graphs import EVERY, check_export, check_graph
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgewise import targets
@@ -111,3 +112,23 @@ def test_matching_lowers_for_any_batch(batch: int, target: str, tmp_path: Path) 
         got = session.run({"x": x.numpy()})
     for name, expected in zip(names, bipartite_match(x, 1, 0), strict=True):
         np.testing.assert_array_equal(got[name], expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "spec", "tokens"),
+    [
+        ("ast", "adjacent:keep=0.5", 27),
+        ("whisper", "adjacent:r=2", 54),
+        ("whisper", "avgpool1d", 30),
+        ("whisper", "stack:factor=7,tail=pad", 9),
+    ],
+)
+def test_in_a_model(family: str, spec: str, tokens: int, tmp_path: Path) -> None:
+    check_export(family, spec, tmp_path, tokens)
+
+
+def test_a_convolution_from_a_file_in_a_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    file = tmp_path / "w.safetensors"
+    save_file({"conv.weight": torch.randn(48, 32, 3) / 10, "conv.bias": torch.randn(48)}, file)
+    check_export("whisper", f"conv1d:weights={file},kernel=3,stride=3", tmp_path, 20)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_graphs import EVERY, check_graph
+from method_graphs import EVERY, check_export, check_graph
 from torch import Tensor
 
 from edgewise.ops import METHODS, apply, order_tokens
@@ -57,7 +57,8 @@ def test_evs(frames: int, per_frame: int, q: float, protected: int, kind: str) -
         out = apply("evs", x, frames=frames, protected=protected, **known)
         for b in range(3):
             f = by_frame(x, b, protected, frames)
-            change = [255.0 if t == 0 else round(1 - cos(f[t, p], f[t - 1, p]), 12) for t in range(frames) for p in range(per_frame)]
+            places = [(t, p) for t in range(frames) for p in range(per_frame)]
+            change = [255.0 if t == 0 else round(1 - cos(f[t, p], f[t - 1, p]), 12) for t, p in places]
             best = sorted(sorted(range(len(change)), key=lambda i: (-change[i], i))[:n])
             assert len(best) == n
             if kind != "half":
@@ -385,3 +386,21 @@ GRAPHS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", GRAPHS)
 def test_graph(name: str, target: str, tmp_path: Path) -> None:
     check_graph(name, {"frames": 6, **GRAPHS[name]}, target, tmp_path, protected=1)
+
+
+@pytest.mark.parametrize(
+    ("family", "spec", "tokens"),
+    [
+        ("videomae", "evs:q=0.5", 16),
+        ("videomae", "dycoke", 20),
+        ("videomae", "vidcom2", 8),
+        ("videomae", "framefusion@encoder.block[1]:keep=0.7", 22),
+        ("videomae", "tome16:per_frame=2,heads=2", 4),
+        ("videomae", "tempme@encoder.block[0]:keep=0.5", 16),
+        ("vivit", "evs:q=0.5", 17),
+        ("vivit", "framefusion@encoder.block[1]:keep=0.7", 23),
+        ("vivit", "tempme@encoder.block[0]:keep=0.5", 17),
+    ],
+)
+def test_in_a_model(family: str, spec: str, tokens: int, tmp_path: Path) -> None:
+    check_export(family, spec, tmp_path, tokens)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_graphs import EVERY, check_graph
+from method_graphs import EVERY, check_export, check_graph
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -336,3 +336,31 @@ GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_graph(name: str, target: str, tmp_path: Path) -> None:
     method, known = GRAPHS[name]
     check_graph(method, known, target, tmp_path, protected=1)
+
+
+@pytest.mark.parametrize(
+    ("family", "spec", "tokens"),
+    [
+        ("vit", "pool", 10),
+        ("vit", "pool:kind=max", 10),
+        ("vit", "pool:kind=bilinear,stride=4", 5),
+        ("vit", "pool:kind=adaptive,side=4", 17),
+        ("vit", "merge-grid:keep=25", 26),
+        ("videomae", "pool3d:time=1,height=2,width=2", 4),
+        ("videomae", "slowfast:slow=1,fast=2", 16),
+        ("videomae", "frame-pool:kind=video-chatgpt", 18),
+    ],
+)
+def test_in_a_model(family: str, spec: str, tokens: int, tmp_path: Path) -> None:
+    check_export(family, spec, tmp_path, tokens)
+
+
+def test_wider_tokens_are_refused_where_the_model_takes_narrow_ones() -> None:
+    from families import build
+    from test_families import capture
+
+    from edgewise.errors import Refused
+    from edgewise.passes.program import compress
+
+    with pytest.raises(Refused, match="128 features of 32"):
+        compress(capture(*build("vit", small=True)), "unshuffle")
