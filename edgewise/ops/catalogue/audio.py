@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edgewise.ops.catalogue.transformation import pooled
 from edgewise.ops.methods import KEEP, Parameter, Reduced, Tokens, assign, drop, method
-from edgewise.ops.reduce import merge, take
+from edgewise.ops.reduce import take
 from edgewise.ops.select import top_tokens
 
 Grid = tuple[int, ...]
@@ -186,11 +186,8 @@ def _adjacent(t: Tokens, keep: int, **_: Any) -> Reduced:
     place = torch.arange(t.count - r, device=src.device)
     # Counted in float: OpenVINO (2026.4) goes wrong where it fuses an addition into a sum of integers.
     kept = place + (into[:, None, :] < place[:, None]).to(torch.float32).sum(-1).to(torch.int64)
-    if t.padding is None:
-        tokens, size = merge(t.tokens, t.size, kept, src, into)
-    else:
-        tokens, size = _merge_padded(t, kept, src, into)
-    return Reduced(tokens, size, kept, lambda: assign(t.count, kept, src, into))
+    tokens, size = _merge_pairs(t, (chosen[:, :, None] == torch.arange(t.free // 2, device=chosen.device)).any(1))
+    return Reduced(take(tokens, kept, 1, 0), take(size, kept, 1, 0), kept, lambda: assign(t.count, kept, src, into))
 
 
 def _pair_scores(t: Tokens) -> Tensor:
@@ -209,14 +206,23 @@ def _pair_scores(t: Tokens) -> Tensor:
     return score.masked_fill(first & second, 4.0).masked_fill(first ^ second, -4.0)
 
 
-def _merge_padded(t: Tokens, kept: Tensor, src: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
-    """Padding follows the real tokens, so only the last real one can take padding in: that is given the same value, and taken off
-    the size again."""
-    assert t.padding is not None
-    ones = torch.ones_like(t.tokens[:, :, :1]) if t.size is None else t.size
-    before = torch.cat([t.tokens[:, :1], t.tokens[:, :-1]], dim=1)
-    tokens, size = merge(torch.where(t.padding[:, :, None], before, t.tokens), ones, kept, src, into)
-    behind = torch.cat([torch.where(t.padding[:, :, None], ones, 0)[:, 1:], torch.zeros_like(ones[:, :1])], dim=1)
-    behind = take(torch.where(t.padding[:, :, None], 0, behind), kept, 1, 0)
-    merged = (into[:, None, :] == torch.arange(kept.shape[1], device=kept.device)[:, None]).any(-1)
-    return tokens, size - torch.where(merged[:, :, None], behind, 0).to(size.dtype)
+def _merge_pairs(t: Tokens, joined: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens and sizes, with the mean of the pair in place of the first where pairs are `joined (B, pairs)`. Padding weighs
+    nothing beside a real token."""
+    batch, pairs, width = t.tokens.shape[0], joined.shape[1], t.tokens.shape[2]
+    last = t.protected + 2 * pairs
+    wide = t.tokens.to(torch.promote_types(t.tokens.dtype, torch.float32))
+    whole = torch.ones_like(wide[:, :, :1]) if t.size is None else t.size.to(wide.dtype)
+    x = wide[:, t.protected:last].reshape(batch, pairs, 2 * width)
+    size = whole[:, t.protected:last].reshape(batch, pairs, 2)
+    own, other = size[:, :, :1], size[:, :, 1:] * joined[:, :, None].to(size.dtype)
+    if t.padding is not None:
+        padded = t.padding[:, t.protected:last].reshape(batch, pairs, 2)
+        other = other * (padded[:, :, :1] | ~padded[:, :, 1:]).to(size.dtype)
+    share = other / (own + other)
+    first, second = x[:, :, :width], x[:, :, width:]
+    first = torch.where(other > 0, first + (second - first) * share, first)
+    tokens = torch.cat([first, second], dim=2).reshape(batch, 2 * pairs, width)
+    sizes = torch.cat([own + other, size[:, :, 1:]], dim=2).reshape(batch, 2 * pairs, 1)
+    return (torch.cat([wide[:, :t.protected], tokens, wide[:, last:]], dim=1).to(t.tokens.dtype),
+            torch.cat([whole[:, :t.protected], sizes, whole[:, last:]], dim=1).to(t.tokens.dtype))
