@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edgewise.ops.budget import count_to_keep
-from edgewise.ops.methods import METHODS, Method, Tokens
+from edgewise.ops.methods import LENGTH, METHODS, TEXT, TEXT_TOKENS, Method, Tokens, read_span, with_tail
 from edgewise.ops.score import attention_rows
 
 
@@ -44,6 +44,8 @@ def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int 
         frames: number of frames, for video methods. length: `(B,)`, how many leading tokens of each sample are real, the
             protected included; the rest is padding, and goes first.
         protected: leading tokens that are never touched; the first of them is the class token.
+        parameters: the method's own. For methods of a decoder `span="START:STOP"` says which tokens are visual; the others
+            stay.
 
     Raises ValueError for an unknown method or parameter, a count out of range, or an input that is needed and
     missing, or given and not understood by the method.
@@ -56,6 +58,7 @@ def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int 
     if unused:
         raise ValueError(f"method {name!r} does not use {', '.join(unused)}; it would be ignored")
     _check_parameters(entry, parameters)
+    whole, whole_size, tail = tokens, size, 0
     if tokens.ndim != 3:
         raise ValueError(f"tokens must be (B, N, C), got {tuple(tokens.shape)}")
     count = tokens.shape[1]
@@ -63,6 +66,10 @@ def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int 
         raise ValueError(f"protected={protected} is out of range: 0 to {count - 1} for {count} tokens")
     if "text" in entry.needs and text is None:
         raise ValueError(f"method {name!r} needs text (T, D)")
+    if "span" in parameters:
+        protected, stop = read_span(parameters.pop("span"), protected, count)
+        tail, count = count - stop, stop
+        tokens, size = tokens[:, :stop], None if size is None else size[:, :stop]
     if grid is not None and prod(grid) != count - protected:
         raise ValueError(f"the grid {grid} has {prod(grid)} cells, and {count - protected} tokens are not protected")
     frames = frames if frames is not None or grid is None or len(grid) < 3 else grid[0]
@@ -78,18 +85,23 @@ def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int 
 
     def attend(rows: slice) -> Tensor:
         if attention is not None:
-            return attention if attention.shape[2] != count else attention[:, :, rows]
-        if queries is None or keys is None:
+            wanted = attention if attention.shape[2] != count + tail else attention[:, :, rows]
+        elif queries is None or keys is None:
             raise ValueError(f"method {name!r} needs attention (B, heads, queries, N), or queries and keys (B, N, D)")
-        return attention_rows(queries[:, None, rows], keys[:, None], keys.shape[-1] ** -0.5)
+        else:
+            wanted = attention_rows(queries[:, None, rows], keys[:, None], keys.shape[-1] ** -0.5)
+        return wanted[..., :count]
 
+    compared = whole if keys is None else keys
     result = entry.reduce(
-        Tokens(tokens, size, tokens if keys is None else keys, attend, grid, padding, protected, has_class=protected > 0,
-               queries=queries, text=text, frames=frames), keep=wanted, **given)
+        Tokens(tokens, size, compared[:, :count], attend, grid, padding, protected, has_class=protected > 0,
+               queries=None if queries is None else queries[:, :count], text=text, frames=frames,
+               tail=Tokens(whole[:, count:], keys=compared[:, count:]) if tail else None), keep=wanted, **given)
+    result = with_tail(result, whole, whole_size, tail)
     assignment = result.assignment()
     new_size = result.size
     if new_size is None:
-        ones = torch.ones_like(tokens[:, :, 0])
+        ones = torch.ones_like(whole[:, :, 0])
         gone = assignment < 0
         new_size = torch.zeros_like(result.tokens[:, :, 0]).scatter_add(
             1, assignment.masked_fill(gone, 0), ones.masked_fill(gone, 0))[:, :, None]
@@ -106,7 +118,7 @@ def _find(name: str) -> Method:
 
 
 def _check_parameters(entry: Method, parameters: dict[str, Any]) -> None:
-    known = {p.name: p for p in entry.parameters}
+    known = {p.name: p for p in entry.options if p not in (TEXT, TEXT_TOKENS, LENGTH)}
     for key, value in parameters.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

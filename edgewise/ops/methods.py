@@ -5,6 +5,7 @@ The methods themselves are entries in `edgewise.ops.catalogue`. A new one is one
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,10 +24,11 @@ class Tokens:
     tokens `(B, N, C)`; size `(B, N, 1)` or None (one each); keys `(B, N, D)` of the attention, averaged over heads, or with
     the heads side by side for a method that needs queries, which come in the same form; `attend(rows)` gives the attention
     `(B, heads, queries, N)` of a slice of query rows (there may be more of them than tokens are left, and `slice(0, 1)` is
-    that of the class token wherever the model has one); grid is the shape of the tokens after the `protected` leading ones, `(T,)`, `(H, W)` or
-    `(frames, H, W)`; `frames` the number of equal parts (frames, tiles, segments) that they fall into, one after the other;
-    padding `(B, N)` is true where a token only fills up the length (None: nowhere); text `(T, D)` is a text embedding;
-    weights are those of a file, by name; `has_class` says that there is a class token to attend from.
+    that of the class token wherever the model has one); grid is the shape of the tokens after the `protected` leading
+    ones, `(T,)`, `(H, W)` or `(frames, H, W)`; `frames` the number of equal parts (frames, tiles, segments) that they
+    fall into, one after the other; padding `(B, N)` is true where a token only fills up the length (None: nowhere); text
+    `(T, D)` is a text embedding; weights are those of a file, by name; `has_class` says that there is a class token to
+    attend from; in a decoder `tail` holds the tokens behind the span (text), which are query rows of the attention as well.
     """
 
     tokens: Tensor
@@ -41,6 +43,7 @@ class Tokens:
     text: Tensor | None = None
     frames: int | None = None
     weights: Mapping[str, Tensor] | None = None
+    tail: Tokens | None = None
 
     @property
     def count(self) -> int:
@@ -134,8 +137,10 @@ class Method:
     """Tokens that it makes besides the kept ones (context tokens)."""
     widens: Callable[[Mapping[str, Any]], int] = field(default=lambda _: 1, repr=False)
     """Factor on the number of features (unshuffling, stacking)."""
-    legal_counts: Callable[[int, tuple[int, ...] | None], dict[int, dict[str, Any]]] | None = field(default=None, repr=False)
-    """Where not every count is possible: the legal ones (besides the protected) and the parameters that give them."""
+    legal_counts: Callable[[int, tuple[int, ...] | None, int | None, Mapping[str, Any]], dict[int, dict[str, Any]]] | None = \
+        field(default=None, repr=False)
+    """Where not every count is possible: `legal_counts(free, grid, frames, parameters)` gives the legal ones (besides the
+    protected), and with each the parameters that give it."""
     count: Callable[[int, tuple[int, ...] | None, int | None, Mapping[str, Any]], int] | None = field(default=None, repr=False)
     """Where the parameters say how many tokens stay: `count(free, grid, frames, parameters)`. Raises ValueError."""
     positions: str = "kept"
@@ -162,6 +167,18 @@ LENGTH = Parameter("length", False, "take an input `length`: how many leading to
 SPAN = Parameter("span", None, "START:STOP, the tokens of a decoder that are the image's, the video's or the audio's", optional=str)
 PLANNED = (TEXT, TEXT_TOKENS, WEIGHTS, LENGTH, SPAN)
 """What the plan of an insertion uses up, and `reduce` is not given."""
+
+
+def read_span(text: str, least: int, count: int) -> tuple[int, int]:
+    """`START:STOP` as numbers. Raises ValueError unless `least <= START < STOP <= count`."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None:
+        raise ValueError(f"span={text} is not START:STOP")
+    start, stop = int(match[1]), int(match[2])
+    if not least <= start < stop <= count:
+        raise ValueError(f"span={text} is out of range: {least} <= START < STOP <= {count}")
+    return start, stop
+
 
 KEEP = Parameter("keep", None, "tokens kept besides the protected: a fraction if below 1 (or 1.0), else a count")
 
@@ -190,6 +207,26 @@ def assign(count: int, kept: Tensor, src: Tensor | None = None, into: Tensor | N
     assignment = torch.full((batch, count), -1, dtype=torch.int64, device=kept.device)
     assignment.scatter_(1, kept, torch.arange(survivors, device=kept.device).expand(batch, -1))
     return assignment if src is None or into is None else assignment.scatter_(1, src, into)
+
+
+def with_tail(made: Reduced, tokens: Tensor, size: Tensor | None, tail: int) -> Reduced:
+    """A result for all but the `tail` last of `tokens (B, N, C)`, with those put behind it."""
+    if not tail:
+        return made
+    batch, count = tokens.shape[:2]
+    last = count - tail
+    sizes, kept = made.size, made.kept
+    if sizes is not None:
+        own = torch.ones_like(sizes[:, :1]).expand(-1, tail, -1) if size is None else size[:, last:]
+        sizes = torch.cat([sizes, own], dim=1)
+    if kept is not None:
+        kept = torch.cat([kept, torch.arange(last, count, device=kept.device).expand(batch, -1)], dim=1)
+
+    def assignment() -> Tensor:
+        behind = torch.arange(made.tokens.shape[1], made.tokens.shape[1] + tail, device=tokens.device)
+        return torch.cat([made.assignment(), behind.expand(batch, -1)], dim=1)
+
+    return Reduced(torch.cat([made.tokens, tokens[:, last:]], dim=1), sizes, kept, assignment)
 
 
 def max_keep(entry: Method, count: int, protected: int) -> tuple[int, int]:

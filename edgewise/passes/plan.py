@@ -17,6 +17,7 @@ from edgewise.errors import InputError, Refused, unknown
 from edgewise.ops import METHODS, Method, Parameter
 from edgewise.ops.budget import count_to_keep, kept_count, merge_schedule, spread_removal
 from edgewise.ops.match import max_merges
+from edgewise.ops.methods import read_span
 from edgewise.passes.analysis import DECODER, Analysis, Place, Stream
 from edgewise.passes.graph import describe, source_line
 
@@ -215,7 +216,7 @@ def _decoder_places(stream: Stream, spec: Spec) -> list[Place]:
     """Where a method goes in a decoder that is not told: before the third block, as published for FastV, or before those blocks
     that divide the decoder into as many equal stages as it has ratios, and one more."""
     blocks = len(stream.blocks)
-    stages = spec.parameters.get("stages") or _defaults(spec.method).get("stages")
+    stages = None if "keep" in spec.parameters else spec.parameters.get("stages") or _defaults(spec.method).get("stages")
     if stages is None:
         return [stream.blocks[min(2, blocks - 1)]]
     return [stream.blocks[blocks * (i + 1) // (len(stages) + 1)] for i in range(len(stages))]
@@ -280,7 +281,7 @@ def _steps(stream: Stream, entries: list[tuple[Place, Spec]], notes: list[str]) 
                     notes.append(f"{spec.text} at {place.name}: r={wanted} clipped to {merged}, half of the {free} "
                                  "unprotected tokens")
                 keep = free - merged
-            elif "stages" in parameters:
+            elif "stages" in parameters and "keep" not in given:
                 ratios, stage = parameters["stages"], position.setdefault(id(spec), 0)
                 position[id(spec)] += 1
                 keep = _stage(spec, ratios, stage, free, steps)
@@ -315,24 +316,18 @@ def _span(stream: Stream, place: Place, spec: Spec, count: int, before: list[Ste
         return protected, count - place.lost
     if before:  # the span is that of the first step, less what has been taken out of it
         return before[-1].protected, count - before[-1].tail
-    text = spec.parameters.get("span")
-    match = re.fullmatch(r"(\d+):(\d+)", text or "")
-    if match is None:
-        raise ValueError("say which tokens are the image's, the video's or the audio's: span=START:STOP"
-                         + (f"; {text!r} is not that" if text else ""))
-    start, stop = int(match[1]), int(match[2])
-    if not protected <= start < stop <= count:
-        raise ValueError(f"span={text} is out of range: {protected} <= START < STOP <= {count}")
-    return start, stop
+    if "span" not in spec.parameters:
+        raise ValueError("say which tokens are the image's, the video's or the audio's: span=START:STOP")
+    return read_span(spec.parameters["span"], protected, count)
 
 
 def _stage(spec: Spec, ratios: Sequence[float], stage: int, free: int, before: list[Step]) -> int:
-    """Tokens that stay at one stage of several: a ratio of the tokens that were there at first."""
+    """Tokens that stay at one stage of several: a ratio of the tokens that were there at first, or a count above 1."""
     if stage >= len(ratios):
         raise ValueError(f"it has {len(ratios)} stages, and is placed at more sites than those")
     first = next((s for s in before if s.method is spec.method), None)
     original = free if first is None else first.tokens_in - first.protected - first.tail
-    keep = max(1, int(original * ratios[stage]))
+    keep = max(1, int(original * ratios[stage] + 1e-9) if ratios[stage] <= 1 else int(ratios[stage]))
     if keep > free:
         raise ValueError(f"stage {stage} keeps {keep} tokens, and {free} are left: ratios may not rise")
     return keep

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgewise.ops.methods import Reduced, Tokens
+from edgewise.ops.methods import Tokens, with_tail
 from edgewise.ops.reduce import take
 from edgewise.ops.score import attention_rows
 from edgewise.passes.analysis import Stream
 from edgewise.passes.anchors import Anchor
-from edgewise.passes.graph import shape_of
 from edgewise.passes.plan import Step
 
 Made = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -39,38 +38,21 @@ def reduce_step(step: Step, anchor: Anchor, stream: Stream, given: Mapping[str, 
         keys = keys.mean(dim=1)
     attention = _Attention(step, anchor, stream, given, crossed, batch)
     made = step.method.reduce(
-        Tokens(tokens[:, :last], _until(size, last), _until(keys, last), attention.rows, stream.grid, _until(padding, last),
+        Tokens(_until(tokens, last), _until(size, last), _until(keys, last), attention.rows, stream.grid, _until(padding, last),
                step.protected, has_class=stream.prefix > 0, queries=_until(queries, last), text=given.get("text"),
-               frames=stream.frames, weights=_weights(step, given)),
+               frames=stream.frames, weights=_weights(step, given),
+               tail=Tokens(tokens[:, last:], keys=None if keys is None else keys[:, last:]) if step.tail else None),
         keep=step.keep, **dict(step.parameters))
-    return _whole(step, made, tokens, size, padding)
+    made = with_tail(made, tokens, size, step.tail)
+    kept = made.kept if step.method.represented else None
+    left = None if padding is None or kept is None else take(padding, kept, 1, 0)
+    return _as_before(made.tokens, x, step.place.axis), made.size, kept, left
 
 
 def _weights(step: Step, given: Mapping[str, Tensor | None]) -> dict[str, Tensor] | None:
     if step.weights is None:
         return None
     return {name: value for name in step.weights if (value := given[f"weights.{name}"]) is not None}
-
-
-def _whole(step: Step, made: Reduced, tokens: Tensor, size: Tensor | None, padding: Tensor | None) -> Made:
-    """The result with the tail behind it, in the layout of the stream."""
-    result, sizes, kept = made.tokens, made.size, made.kept if step.method.represented else None
-    if step.tail:
-        last = tokens.shape[1] - step.tail
-        result = torch.cat([result, tokens[:, last:]], dim=1)
-        if sizes is not None:
-            tail = torch.ones_like(sizes[:, :1]).expand(-1, step.tail, -1) if size is None else size[:, last:]
-            sizes = torch.cat([sizes, tail], dim=1)
-        if kept is not None:
-            tail = torch.arange(last, tokens.shape[1], device=kept.device).expand(kept.shape[0], -1)
-            kept = torch.cat([kept, tail], dim=1)
-    left = None if padding is None or kept is None else take(padding, kept, 1, 0)
-    axis = step.place.axis
-    if len(shape_of(step.place.node)) == 2:
-        result = result[0] if axis == 0 else result[0].t()
-    elif axis != 1:
-        result = result.transpose(axis, 1)
-    return result, sizes, kept, left
 
 
 class _Attention:
@@ -117,7 +99,7 @@ def _side_by_side(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.transpose(1, 2).flatten(2)
 
 
-def _until(t: Tensor | None, last: int) -> Tensor | None:
+def _until(t: Any, last: int) -> Any:
     """The first `last` tokens, with no op in the graph where those are all."""
     return t if t is None or t.shape[1] == last else t[:, :last]
 
@@ -127,3 +109,9 @@ def _batch_first(x: Tensor, axis: int) -> Tensor:
     if x.ndim == 2:
         return x.unsqueeze(0) if axis == 0 else x.t().unsqueeze(0)
     return x if axis == 1 else x.transpose(axis, 1)
+
+
+def _as_before(tokens: Tensor, x: Tensor, axis: int) -> Tensor:
+    if x.ndim == 2:
+        return tokens[0] if axis == 0 else tokens[0].t()
+    return tokens if axis == 1 else tokens.transpose(axis, 1)
