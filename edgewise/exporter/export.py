@@ -53,6 +53,12 @@ neither is wrong. Such an input verifies little, and up to this many are tried."
 NEAR_TIE_THRESHOLD = 5e-2
 """Largest relative error where every input that was tried has near ties (an untrained model's tokens are all alike)."""
 
+_MEANINGS = {
+    "length": "how many leading tokens of each sample are real, class token included; the rest is padding",
+    "text": "text embedding, one row for each text token",
+}
+"""What the inputs are for that compression adds."""
+
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and what is done now."""
 
@@ -203,7 +209,7 @@ def _build(job: Job, folder: Path) -> Manifest:
     lowered = _lower_all(job, compressed, stored, folder)
     for attempt in range(ATTEMPTS):
         job.step("verify" if not attempt else "verify with another input: a decision was a near tie")
-        samples = _samples(job, program, attempt)
+        samples = _samples(job, compressed, attempt)
         try:
             base, wanted = _verify(job, compressed, stored, lowered, samples, last=attempt == ATTEMPTS - 1)
             break
@@ -384,24 +390,41 @@ def _lower(job: Job, target: Target, legal: ExportedProgram, program: Program, f
 
 
 def _samples(job: Job, program: Program, attempt: int = 0) -> list[dict[str, Tensor]]:
-    """Inputs to verify with: the program's examples, and others that the source has at hand; for a later attempt, others."""
-    real, size = job.source.samples, next(iter(program.inputs.values())).shape[0]
-    if real and set(real) == set(program.inputs):
+    """Inputs to verify with: the program's examples, and others that the source has at hand; for a later attempt, others.
+
+    A program that is told how many tokens are real is verified with padding, too."""
+    captured = {k: v for k, v in program.inputs.items() if k not in program.added}
+    generator = torch.Generator().manual_seed(job.recipe.seed + attempt)
+    real, size = job.source.samples, next(iter(captured.values())).shape[0]
+    if real and set(real) == set(captured):
         count = len(next(iter(real.values())))
         # Spread over the split, which may be sorted by label. The first is the example already.
         starts = [(attempt + i * (count - size) // 3) % (count - size + 1) for i in range(4)]
-        later = [{k: torch.from_numpy(real[k][s : s + size].copy()) for k in real} for s in starts]
-        return [dict(program.inputs), *later[1:]] if not attempt else later
-    if not attempt:
-        return [dict(program.inputs)]
-    generator = torch.Generator().manual_seed(job.recipe.seed + attempt)
-    fresh = {}
-    for name, value in program.inputs.items():
-        fresh[name] = value
-        if value.is_floating_point() and value.numel() > 1:
-            noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
-            fresh[name] = (noise * value.float().std() + value.float().mean()).to(value.dtype)
-    return [fresh]
+        samples = [{k: torch.from_numpy(real[k][s : s + size].copy()) for k in real} for s in starts]
+        samples = samples if attempt else [captured, *samples[1:]]
+    else:
+        samples = [{k: _noise(v, generator) for k, v in captured.items()} if attempt else captured]
+        if any(not program.inputs[k].is_floating_point() for k in program.added):
+            samples.append(samples[0])
+    added = [{k: program.inputs[k] for k in program.added}]
+    for _ in samples[1:]:
+        added.append(
+            {k: _noise(v, generator) if v.is_floating_point() else _fewer(v, generator) for k, v in added[0].items()}
+        )
+    return [{**sample, **more} for sample, more in zip(samples, added, strict=True)]
+
+
+def _noise(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Another value of the same spread; what is no floating-point number may be an index, and stays."""
+    if not value.is_floating_point() or value.numel() < 2:
+        return value
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
+    return (noise * value.float().std() + value.float().mean()).to(value.dtype)
+
+
+def _fewer(count: Tensor, generator: torch.Generator) -> Tensor:
+    """From half of a count up to all of it."""
+    return (count * (0.5 + 0.5 * torch.rand(count.shape, generator=generator))).to(count.dtype)
 
 
 def _eager(source: Source, samples: list[dict[str, Tensor]], program: Program) -> Outputs:
@@ -412,11 +435,12 @@ def _eager(source: Source, samples: list[dict[str, Tensor]], program: Program) -
     results = []
     with evaluating(source.module), quiet():
         for sample in samples:
-            if program.expected and all(sample[k] is program.inputs[k] for k in sample):
+            inputs = {k: v for k, v in sample.items() if k not in program.added}
+            if program.expected and all(inputs[k] is program.inputs[k] for k in inputs):
                 results.append({k: as_array(v) for k, v in program.expected.items()})
                 continue
             leaves = list(flat)
-            for i, value in zip(where, sample.values(), strict=True):
+            for i, value in zip(where, inputs.values(), strict=True):
                 leaves[i] = value
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             outputs = pytree.tree_leaves(source.module(*args, **kwargs))
@@ -471,7 +495,12 @@ def _manifest(
             Component(
                 role=program.role,
                 inputs=tuple(
-                    TensorInfo(name=k, shape=tuple(v.shape), dtype=str(v.dtype).removeprefix("torch."))
+                    TensorInfo(
+                        name=k,
+                        shape=tuple(v.shape),
+                        dtype=str(v.dtype).removeprefix("torch."),
+                        meaning=_MEANINGS.get(k.rstrip("_0123456789"), "") if k in program.added else "",
+                    )
                     for k, v in program.inputs.items()
                 ),
                 outputs=tuple(TensorInfo(name=k, shape=v.shape[1:], dtype=str(v.dtype)) for k, v in wanted.items()),

@@ -14,6 +14,7 @@ from torch.export.exported_program import ModuleCallEntry
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputSpec, TensorArgument
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 MADE_BY = "edgewise_pass"
@@ -53,6 +54,7 @@ class Editor:
         with self.graph.inserting_after(placeholders[-1]):
             node = self.graph.placeholder(name)
         node.meta["val"] = self.fake_mode.from_tensor(example, static_shapes=True)
+        node.meta["tensor_meta"] = _extract_tensor_metadata(node.meta["val"])  # as captured inputs have it; frontends read it
         self.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
         self.added[node.name] = example
         return node

@@ -270,7 +270,8 @@ class _Insertion:
             batch = shape_of(node)[0] if len(shape_of(node)) == 3 else 1
             length = self.editor.add_input("length", torch.full((batch,), level.count, dtype=torch.int64))
             count = level.count
-            level.padding = self._emit(lambda n: torch.arange(count) >= n[:, None], [length], node)
+            # Compared as floats: not every runtime promotes integers of two widths.
+            level.padding = self._emit(lambda n: torch.arange(count, dtype=torch.float32) >= n[:, None].float(), [length], node)
         lost = steps[0].place.lost
         if not lost:
             return
