@@ -68,6 +68,18 @@ def merge(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tenso
     return (accumulate(wide * size, kept, src, into) / total).to(dtype), total.to(dtype)
 
 
+def merge_real(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor,
+               padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`merge`, in which padding `(B, N)` has the size 0 wherever it meets a real token. Among itself it merges as usual."""
+    if padding is None:
+        return merge(x, size, kept, src, into)
+    whole = torch.ones_like(x[:, :, :1]) if size is None else size
+    tokens, total = merge(x, whole, kept, src, into)
+    # 0 / 0 where there is nothing real, and not taken there.
+    real_tokens, real = merge(x, whole.masked_fill(padding[:, :, None], 0), kept, src, into)
+    return torch.where(real > 0, real_tokens, tokens), torch.where(real > 0, real, total)
+
+
 def accumulate(x: Tensor, kept: Tensor, src: Tensor, into: Tensor) -> Tensor:
     """`x` at `kept`, with `x` at `src` added to the positions `into`."""
     return gather_along(x, kept, 1).scatter_add(1, into[:, :, None].expand(-1, -1, x.shape[2]), gather_along(x, src, 1))

@@ -24,9 +24,13 @@ def attention_rows(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | N
     return logits.softmax(dim=-1)
 
 
-def attention_received(rows: Tensor) -> Tensor:
-    """Mean attention `(B, N)` that each key receives, over heads and query rows `(B, H, Q, N)`."""
-    return rows.mean(dim=(1, 2))
+def attention_received(rows: Tensor, padding: Tensor | None = None) -> Tensor:
+    """Mean attention `(B, N)` that each key receives, over heads and query rows `(B, H, Q, N)`, without the rows that are
+    `padding (B, Q)`."""
+    if padding is None:
+        return rows.mean(dim=(1, 2))
+    real = (~padding).to(rows.dtype)[:, None]
+    return (real @ rows.mean(dim=1) / real.sum(dim=-1, keepdim=True).clamp_min(1))[:, 0]
 
 
 def hide_padding(score: Tensor, padding: Tensor | None) -> Tensor:

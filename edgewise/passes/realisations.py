@@ -67,13 +67,14 @@ def rank_among(flags: Tensor) -> Tensor:
     return flags @ before
 
 
-def similarity(metric: Tensor, protected: int) -> Tensor:
+def similarity(metric: Tensor, protected: int, padding: Tensor | None) -> Tensor:
     """Cosine similarity of the unprotected A against the unprotected B, in at least fp32. The protected are sliced away, so
     that no target has to handle infinities."""
     rows, columns = match.protected_split(protected)
     metric = cast(metric, torch.promote_types(metric.dtype, torch.float32))
     metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return metric[:, 2 * rows::2] @ metric[:, 2 * columns + 1::2].transpose(1, 2)
+    scores = metric[:, 2 * rows::2] @ metric[:, 2 * columns + 1::2].transpose(1, 2)
+    return scores if padding is None else match.set_padding_apart(scores, padding[:, 2 * rows::2], padding[:, 2 * columns + 1::2])
 
 
 def positions(chosen: Tensor, rest: Tensor, partner: Tensor, count: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,28 +103,18 @@ def rows_at(x: Tensor, index: Tensor) -> Tensor:
 
 
 @realisation("bipartite_match", TOPK)
-def _(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
-    scores = similarity(metric, protected)
+def _(metric: Tensor, r: int, protected: int, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    scores = similarity(metric, protected, padding)
     order = scores.amax(dim=-1).sort(dim=-1, descending=True, stable=True).indices
     chosen, rest = order[:, :r], order[:, r:]
     if protected:
         rest = rest.sort(dim=-1).values
-    return positions(chosen, rest, first_best(rows_at(scores, chosen)), metric.shape[1], protected)
-
-
-def first_best(scores: Tensor) -> Tensor:
-    """The lowest index of each row's maximum `(B, R, N) -> (B, R)`, by equality: OpenVINO lowers the index of a maximum to a
-    TopK that does not keep ties in order. In float, because OpenVINO (2026.4) gives wrong numbers where it fuses an addition into
-    a minimum of integers."""
-    count = scores.shape[-1]
-    place = torch.arange(count, device=scores.device, dtype=torch.float32)
-    best = torch.where(scores == scores.amax(dim=-1, keepdim=True), place, float(count)).amin(dim=-1)
-    return best.to(torch.int64)
+    return positions(chosen, rest, match.first_best(rows_at(scores, chosen)), metric.shape[1], protected)
 
 
 @realisation("bipartite_match", FREE)
-def _(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
-    scores = similarity(metric, protected)
+def _(metric: Tensor, r: int, protected: int, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    scores = similarity(metric, protected, padding)
     best = scores.amax(dim=-1)
     place = torch.arange(scores.shape[-1], device=metric.device, dtype=torch.float32)
     partner = torch.where(scores == best[:, :, None], place, float(scores.shape[-1])).amin(dim=-1)
