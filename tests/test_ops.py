@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from families import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import edgewise
 from edgewise.ops import METHODS, apply, bipartite_match, merge, take, top_tokens
 from edgewise.ops.budget import kept_count, merge_schedule, spread_removal
-from edgewise.ops.match import max_merges
+from edgewise.ops.match import max_merges, represent
 from edgewise.ops.score import attention_received, attention_rows
+from edgewise.passes.program import compress
+from edgewise.passes.realisations import REALISATIONS
 
 Array = Any
 
@@ -72,6 +77,179 @@ def test_match_and_merge(protected: int, count: int, ties: bool) -> None:
             value, weight = np_merge(x[b].numpy(), size[b].numpy(), k, s, i)
             np.testing.assert_allclose(tokens[b], value, rtol=1e-12)
             np.testing.assert_array_equal(sizes[b], weight)
+
+
+def np_match_padded(metric: Array, padded: Array, r: int, protected: int) -> tuple[list[int], list[int], list[int]]:
+    unit = metric / np.maximum(np.linalg.norm(metric, axis=-1, keepdims=True), 1e-12)
+    count = len(metric)
+    even, odd = (list(range(protected + (protected + side) % 2, count, 2)) for side in (0, 1))
+    real, filling = [b for b in odd if not padded[b]], [b for b in odd if padded[b]]
+    proposals = []
+    for i, a in enumerate(even):
+        if padded[a]:
+            proposals.append((0 if filling else 1, 0.0, a, (filling or real or [None])[0]))
+        elif real:
+            best = max(real, key=lambda b: (unit[a] @ unit[b], -b))
+            proposals.append((2, -float(unit[a] @ unit[best]), a, best))
+        else:  # it takes the place of padding of its own
+            proposals.append((3 if i < len(odd) else 4, 0.0, a, odd[i] if i < len(odd) else None))
+    order = sorted(proposals, key=lambda p: p[:3])
+    rest = [a for *_, a, _ in order[r:]]
+    kept = [*range(protected), *(sorted(rest) if protected else rest), *odd]
+    into = [kept.index(b) for *_, b in order[:r]]
+    assert all(kind < 4 for kind, *_ in order[:r])
+    return kept, [a for *_, a, _ in order[:r]], into
+
+
+def np_merge_padded(
+    x: Array, size: Array, padded: Array, kept: list[int], src: list[int], into: list[int]
+) -> tuple[Array, Array]:
+    size, x = np.where(padded[:, None], 0, size), np.where(padded[:, None], 0, x)
+    total, weight = np.array([x[k] * size[k] for k in kept]), np.array([size[k] for k in kept])
+    for s, i in zip(src, into, strict=True):
+        total[i] += x[s] * size[s]
+        weight[i] += size[s]
+    return total / np.where(weight == 0, 1, weight), weight
+
+
+def paddings(count: int) -> torch.Tensor:
+    """At the end, of all lengths that are special; and as it lies after an earlier merge."""
+    place = torch.arange(count)
+    rows = [place >= n for n in (0, 1, 2, 3, count // 2, count - 1, count)]
+    rows += [place % 2 == 0, place % 2 == 1, place % 3 == 0, (place > 3) & (place < count - 4), place != 4]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("protected", [0, 1, 2, 5])
+@pytest.mark.parametrize("count", [12, 13])
+@pytest.mark.parametrize("ties", [False, True])
+def test_match_and_merge_with_padding(protected: int, count: int, ties: bool) -> None:
+    torch.manual_seed(count)
+    padding = paddings(count)
+    batch = len(padding)
+    metric = grid_values(batch, count, 4, count) if ties else torch.randn(batch, count, 8)
+    x, size = torch.randn(batch, count, 5), torch.randint(1, 9, (batch, count, 1)).float()
+    metric[padding], x[padding] = torch.nan, torch.inf  # whatever it holds
+    for r in range(max_merges(count, protected) + 1):
+        wanted = [
+            np_match_padded(m.double().numpy(), p.numpy(), r, protected) for m, p in zip(metric, padding, strict=True)
+        ]
+        for name in ("scatter", "topk", "sort_free"):
+            match, join = REALISATIONS["bipartite_match"][name], REALISATIONS["merge"][name]
+            found = match(metric, r, protected, padding)
+            stands = represent(*found, padding)
+            for sizes in (size, None):
+                tokens, total = join(x, sizes, *found, padding)
+                for b, expected in enumerate(wanted):
+                    assert tuple(part[b].tolist() for part in found) == expected, (name, padding[b])
+                    real = [i for s, i in zip(expected[1], expected[2], strict=True) if not padding[b, s]]
+                    taken = [i for i in real if padding[b, expected[0][i]]]
+                    assert len(taken) == len(set(taken))  # no two real tokens meet in padding
+                    given_size = np.ones((count, 1)) if sizes is None else size[b].numpy()
+                    value, weight = np_merge_padded(x[b].numpy(), given_size, padding[b].numpy(), *expected)
+                    np.testing.assert_allclose(tokens[b], value, rtol=1e-5, atol=1e-6)
+                    np.testing.assert_array_equal(total[b], weight)
+                    assert padding[b, stands[b]].tolist() == (weight[:, 0] == 0).tolist()
+                    assert len(set(stands[b].tolist())) == count - r
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_no_padding_is_as_if_none_was_given(dtype: torch.dtype) -> None:
+    x, keys = torch.randn(3, 13, 5).to(dtype), torch.randn(3, 13, 8).to(dtype)
+    size = torch.randint(1, 5, (3, 13, 1)).to(dtype)
+    for protected in (0, 1, 2):
+        for known in ({}, {"size": size}):
+            plain = apply("tome", x, r=4, keys=keys, protected=protected, **known)
+            padded = apply("tome", x, r=4, keys=keys, protected=protected, length=torch.full((3,), 13), **known)
+            for name in ("tokens", "size", "kept", "assignment"):
+                assert torch.equal(getattr(plain, name), getattr(padded, name)), name
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    count=st.integers(2, 24),
+    protected=st.integers(0, 5),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    ties=st.booleans(),
+    data=st.data(),
+)
+def test_invariants_of_merging_with_padding(
+    count: int, protected: int, batch: int, seed: int, ties: bool, data: Any
+) -> None:
+    protected = min(protected, count - 1)
+    r = data.draw(st.integers(0, max_merges(count, protected)))
+    length = torch.tensor(data.draw(st.lists(st.integers(0, count), min_size=batch, max_size=batch)))
+    torch.manual_seed(seed)
+    keys = grid_values(batch, count, 3, seed) if ties else torch.randn(batch, count, 4).double()
+    x, size = torch.randn(batch, count, 3).double(), torch.randint(1, 5, (batch, count, 1)).double()
+    padding = torch.arange(count) >= length[:, None]
+    out = apply(
+        "tome",
+        x.masked_fill(padding[:, :, None], torch.nan),
+        r=r,
+        keys=keys,
+        size=size,
+        protected=protected,
+        length=length,
+    )
+    assert out.tokens.shape == (batch, count - r, 3) and bool(out.tokens.isfinite().all())
+    counted = size.masked_fill(padding[:, :, None], 0)
+    torch.testing.assert_close((out.tokens * out.size).sum(1), (x * counted).sum(1))
+    torch.testing.assert_close(out.size.sum(1), counted.sum(1))
+    left = padding.gather(1, out.kept)
+    assert torch.equal(out.size[:, :, 0] == 0, left)
+    for b in range(batch):
+        n, kept, where = int(length[b]), out.kept[b].tolist(), out.assignment[b].tolist()
+        assert len(set(kept)) == count - r and kept[:protected] == list(range(protected))
+        assert all(where[k] == i for i, k in enumerate(kept)) and min(where) >= 0
+        assert not any(left[b, where[i]] for i in range(n))  # no real token ends up as padding
+        even = [i for i in range(protected, count) if i >= n and i % 2 == 0]
+        merged = max(0, r - len(even))
+        if n > max(1, protected) and merged <= max_merges(n, protected):  # as if it were not there
+            alone = apply(
+                "tome",
+                x[b : b + 1, :n],
+                r=merged,
+                keys=keys[b : b + 1, :n],
+                size=size[b : b + 1, :n],
+                protected=protected,
+            )
+            assert out.kept[b][~left[b]].tolist() == alone.kept[0].tolist()
+            torch.testing.assert_close(out.tokens[b][~left[b]], alone.tokens[0])
+            torch.testing.assert_close(out.size[b][~left[b]], alone.size[0])
+
+
+def test_padding_through_an_export(tmp_path: Path) -> None:
+    model, inputs = build("vit", small=True)
+    image = inputs["pixel_values"].repeat(2, 1, 1, 1)
+    image[1] = image[1].flip(-1)
+    spec = "tome:keep=0.5,length=true"
+    bundle = edgewise.export(
+        model,
+        tmp_path / "b",
+        example={"pixel_values": image},
+        targets=("openvino", "onnxruntime"),
+        compress=spec,
+        cache=False,
+    )
+    lowering = [rung for rung in bundle.manifest.verification if rung.kind == "lowering"]
+    assert len(lowering) == 2
+    for rung in lowering:
+        assert all(error.relative is not None and error.relative <= 1e-4 for error in rung.outputs.values())
+    program = edgewise.capture(model, (), {"pixel_values": image})
+    padded, plain = compress(program, spec).module(), compress(program, "tome:keep=0.5").module()(pixel_values=image)
+    full = padded(pixel_values=image, length=torch.tensor([37, 37]))
+    for ours, theirs in zip(full.values(), plain.values(), strict=True):
+        assert torch.equal(ours, theirs)
+    for target in ("openvino", "onnxruntime"):
+        with edgewise.load(bundle, target=target) as session:
+            for length in ([37, 37], [37, 20], [5, 2], [1, 0]):
+                wanted = padded(pixel_values=image, length=torch.tensor(length))
+                found = session.run({"pixel_values": image.numpy(), "length": np.array(length)})
+                for ours, theirs in zip(found.values(), wanted.values(), strict=True):
+                    assert np.isfinite(ours).all()
+                    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +344,9 @@ def test_registration() -> None:
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.edgewise.bipartite_match, (metric, 3, 1), test_utils=tests)
     torch.library.opcheck(torch.ops.edgewise.bipartite_match, (metric, 0, 0), test_utils=tests)
+    padding = torch.arange(11).expand(2, -1) > 6
+    torch.library.opcheck(torch.ops.edgewise.bipartite_match, (metric, 3, 1, padding), test_utils=tests)
+    torch.library.opcheck(torch.ops.edgewise.merge, (x, None, kept, src, into, padding), test_utils=tests)
     torch.library.opcheck(torch.ops.edgewise.top_tokens, (torch.randn(2, 11), 4, 1), test_utils=tests)
     torch.library.opcheck(torch.ops.edgewise.take, (x, kept, 1, 0), test_utils=tests)
     torch.library.opcheck(torch.ops.edgewise.take, (x[:1, 1:], kept, 1, 1), test_utils=tests)

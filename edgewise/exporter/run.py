@@ -77,8 +77,8 @@ class Runner(fx.Interpreter):
 def _margin(op: str, args: Any) -> float:
     """How close the nearest decision of a compression op was: a difference of scores below it would change the result."""
     if op == "bipartite_match":
-        metric, r, protected = args
-        scores = similarity(metric, protected)
+        metric, r, protected, *padding = args
+        scores = similarity(metric, protected, *padding)
         best = scores.amax(-1).sort(dim=-1, descending=True).values
         gaps = [best[:, :-1] - best[:, 1:] if not protected else best[:, r - 1] - best[:, r]]
         pair = scores.topk(min(2, scores.shape[-1]), dim=-1).values

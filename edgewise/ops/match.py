@@ -31,8 +31,8 @@ def bipartite_match(metric: Tensor, r: int, protected: int, padding: Tensor | No
         r: tokens to merge away, `0 <= r <= (N - protected) // 2`.
         protected: leading tokens (class, distillation, registers) that neither merge nor are merged into.
         padding: `(B, N)`, true where a token only fills up the length. Padding of A merges away before any real token, into
-            padding where B has some; a real token merges with a real one as long as B has any. `merge_real` and `represent`
-            do the rest.
+            padding where B has some; a real token merges with a real one as long as B has any, and else takes the place of padding
+            that no other real token takes. `merge` with the same padding and `represent` do the rest.
 
     Returns:
         `kept (B, N - r)`: for every output position the input token that represents it. With protected tokens the
@@ -59,7 +59,7 @@ def similarity(metric: Tensor, protected: int, padding: Tensor | None = None) ->
     metric = torch.nn.functional.normalize(metric.float() if metric.dtype.itemsize < 4 else metric, dim=-1)
     scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
     if padding is not None:
-        scores = set_padding_apart(scores, padding[:, ::2], padding[:, 1::2])
+        scores = set_padding_apart(scores, padding[:, ::2], padding[:, 1::2], protected % 2)
     rows, columns = protected_split(protected)
     if protected:
         even = torch.arange(scores.shape[1], device=scores.device)[:, None] < rows
@@ -68,11 +68,15 @@ def similarity(metric: Tensor, protected: int, padding: Tensor | None = None) ->
     return scores
 
 
-def set_padding_apart(scores: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+def set_padding_apart(scores: Tensor, even: Tensor, odd: Tensor, shift: int = 0) -> Tensor:
     """Scores `(B, R, C)` of A against B, in which padding (`even (B, R)`, `odd (B, C)`) merges with padding first, then with real
-    tokens, and a real token with padding last: the constants lie outside of what a cosine can be."""
+    tokens, and a real token with padding last, each with that of its own index less `shift`: so no two of them meet there. The
+    constants lie outside of what a cosine can be."""
+    rows = torch.arange(scores.shape[1], device=scores.device)[:, None] - shift
+    own = rows == torch.arange(scores.shape[2], device=scores.device)
     even, odd = even[:, :, None], odd[:, None, :]
-    return scores.masked_fill(odd, -4.0).masked_fill(even, 3.0).masked_fill(even & odd, 4.0)
+    scores = scores.masked_fill(odd, -4.0).masked_fill(odd & own, -3.0)
+    return scores.masked_fill(even, 3.0).masked_fill(even & odd, 4.0)
 
 
 def first_best(scores: Tensor) -> Tensor:

@@ -50,13 +50,16 @@ def _(x: Tensor, kept: Tensor, dim: int, prefix: int) -> Tensor:
 
 
 @torch.library.custom_op("edgewise::merge", mutates_args=())
-def merge(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+def merge(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor,
+          padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Merge tokens as size-weighted means.
 
     Args:
         x: `(B, N, C)` tokens.
         size: `(B, N, 1)`, how many original tokens each one stands for; None means one each.
         kept, src, into: a matching, as `bipartite_match` returns it.
+        padding: `(B, N)`, true where a token only fills up the length. It counts with size 0, whatever it holds. What is made
+            of padding alone is zeros, of size 0.
 
     Returns: merged tokens `(B, K, C)` and their sizes `(B, K, 1)`. `(x * size).sum(1)` is conserved when every token is
     kept or merged. Sums are taken in fp32, so that sizes do not overflow half precision.
@@ -64,20 +67,23 @@ def merge(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tenso
     dtype = x.dtype
     wide = x.float() if dtype.itemsize < 4 else x
     size = torch.ones_like(wide[:, :, :1]) if size is None else size.to(wide.dtype)
+    if padding is not None:
+        size, wide = size.masked_fill(padding[:, :, None], 0), wide.masked_fill(padding[:, :, None], 0)
     total = accumulate(size, kept, src, into)
+    if padding is not None:
+        return (accumulate(wide * size, kept, src, into) / divisor(total)).to(dtype), total.to(dtype)
     return (accumulate(wide * size, kept, src, into) / total).to(dtype), total.to(dtype)
 
 
 def merge_real(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor,
                padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`merge`, in which padding `(B, N)` has the size 0 wherever it meets a real token. Among itself it merges as usual."""
-    if padding is None:
-        return merge(x, size, kept, src, into)
-    whole = torch.ones_like(x[:, :, :1]) if size is None else size
-    tokens, total = merge(x, whole, kept, src, into)
-    # 0 / 0 where there is nothing real, and not taken there.
-    real_tokens, real = merge(x, whole.masked_fill(padding[:, :, None], 0), kept, src, into)
-    return torch.where(real > 0, real_tokens, tokens), torch.where(real > 0, real, total)
+    """`merge`, with an op of no padding in the graph where there is none."""
+    return merge(x, size, kept, src, into) if padding is None else merge(x, size, kept, src, into, padding)
+
+
+def divisor(total: Tensor) -> Tensor:
+    """Sizes to divide by: where there is none, the sum is zero and stays."""
+    return torch.where(total > 0, total, 1.0)
 
 
 def accumulate(x: Tensor, kept: Tensor, src: Tensor, into: Tensor) -> Tensor:
@@ -86,6 +92,7 @@ def accumulate(x: Tensor, kept: Tensor, src: Tensor, into: Tensor) -> Tensor:
 
 
 @merge.register_fake
-def _(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor,
+      padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
     batch, count = kept.shape
     return x.new_empty(batch, count, x.shape[2]), x.new_empty(batch, count, 1)

@@ -116,6 +116,8 @@ class Editor:
         args, kwargs = pytree.tree_unflatten(range(root.signature.in_spec.num_leaves), root.signature.in_spec)
         root.signature.in_spec = pytree.tree_structure((args, {**kwargs, **dict.fromkeys(self.added, 0)}))
         root.signature.inputs = [*root.signature.inputs, *(TensorArgument(name) for name in self.added)]
+        if root.signature.forward_arg_names:
+            root.signature.forward_arg_names = [*root.signature.forward_arg_names, *self.added]
         return [root, *entries[1:]]
 
     def _example_inputs(self) -> Any:

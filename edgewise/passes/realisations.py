@@ -131,21 +131,33 @@ def _(metric: Tensor, r: int, protected: int, padding: Tensor | None = None) -> 
     return kept.to(torch.int64), src.to(torch.int64), into.to(torch.int64)
 
 
+def without_padding(x: Tensor, size: Tensor | None, padding: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and sizes as zeros where there is padding."""
+    size = torch.ones_like(x[:, :, :1], dtype=torch.float32) if size is None else size
+    return x.masked_fill(padding[:, :, None], 0), size.masked_fill(padding[:, :, None], 0)
+
+
 @realisation("merge", FREE)
-def _(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor,
+      padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
     count = x.shape[1]
     gather = one_hot(kept, count) + one_hot(into, kept.shape[1]).transpose(1, 2) @ one_hot(src, count)
+    if padding is not None:
+        x, size = without_padding(x, size, padding)
     wide = cast(x, torch.float32)
     if size is None:
         total = gather.sum(-1, keepdim=True)
         return cast(gather @ wide / total, x.dtype), cast(total, x.dtype)
     size = cast(size, torch.float32)
     total = gather @ size
-    return cast(gather @ (wide * size) / total, x.dtype), cast(total, x.dtype)
+    return cast(gather @ (wide * size) / (total if padding is None else reduce.divisor(total)), x.dtype), cast(total, x.dtype)
 
 
 @realisation("merge", TOPK)
-def _(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor,
+      padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if padding is not None:
+        x, size = without_padding(x, size, padding)
     wide = cast(x, torch.float32)
     places = torch.arange(kept.shape[1], device=x.device)
     share = (places[:, None] == into[:, None, :]).to(torch.float32)
@@ -156,7 +168,8 @@ def _(x: Tensor, size: Tensor | None, kept: Tensor, src: Tensor, into: Tensor) -
     share = share * rows_at(size, src).transpose(1, 2)
     own = rows_at(size, kept)
     total = share.sum(-1, keepdim=True) + own
-    tokens = rows_at(wide, kept) * (own / total) + (share / total) @ rows_at(wide, src)
+    by = total if padding is None else reduce.divisor(total)
+    tokens = rows_at(wide, kept) * (own / by) + (share / by) @ rows_at(wide, src)
     return cast(tokens, x.dtype), cast(total, x.dtype)
 
 
