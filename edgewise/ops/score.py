@@ -24,6 +24,17 @@ def attention_rows(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | N
     return logits.softmax(dim=-1)
 
 
+def wide(x: Tensor) -> Tensor:
+    """In at least fp32."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length 1 in at least fp32; a zero vector stays zero, and is similar to nothing."""
+    x = wide(x)
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
 def attention_received(rows: Tensor, padding: Tensor | None = None) -> Tensor:
     """Mean attention `(B, N)` that each key receives, over heads and query rows `(B, H, Q, N)`, without the rows that are
     `padding (B, Q)`."""

@@ -295,7 +295,7 @@ def _steps(stream: Stream, entries: list[tuple[Place, Spec]], notes: list[str]) 
         except ValueError as error:
             raise InputError(f"{spec.text!r} at {place.name} ({here} tokens, {place_protected(stream, place)} of them protected): "
                              f"{error}") from error
-        extra = method.extra(parameters)
+        extra = method.extra({**parameters, "frames": stream.frames})
         if keep < free or extra or method.widens(parameters) > 1:
             after = protected + keep + extra + tail
             steps.append(Step(place, method, here, after, tuple(sorted(parameters.items(), key=lambda kv: kv[0])), protected, keep,
