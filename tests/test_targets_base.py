@@ -72,7 +72,11 @@ def test_the_registry() -> None:
 def test_each_target_says_what_it_is(name: str) -> None:
     target = targets.get(name)
     assert target.description and target.suffixes and target.precisions and target.requirements
-    assert set(target.realisations) == {"top_tokens", "bipartite_match", "take", "merge"}
+    from edgewise.passes.legalise import REALISATIONS
+
+    assert set(target.realisations) == set(REALISATIONS)
+    for op, names in target.realisations.items():
+        assert set(names) <= set(REALISATIONS[op])
     with pytest.raises(InputError, match="did you mean 'fp16'"):
         target.check_precision("fp15")
 

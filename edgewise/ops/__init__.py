@@ -7,6 +7,7 @@ target may want in another form (`bipartite_match`, `top_tokens`, `take`, `merge
 """
 from edgewise.ops import catalogue as _catalogue  # noqa: F401 (it registers the methods)
 from edgewise.ops.apply import Compressed, apply
+from edgewise.ops.greedy import determinantal, farthest_points
 from edgewise.ops.match import bipartite_match
 from edgewise.ops.methods import METHODS, Method, Parameter, Reduced, Tokens, method
 from edgewise.ops.order import order_tokens
@@ -14,6 +15,6 @@ from edgewise.ops.reduce import merge, take
 from edgewise.ops.select import top_tokens
 
 __all__ = [
-    "METHODS", "Compressed", "Method", "Parameter", "Reduced", "Tokens", "apply", "bipartite_match", "merge", "method",
-    "order_tokens", "take", "top_tokens",
+    "METHODS", "Compressed", "Method", "Parameter", "Reduced", "Tokens", "apply", "bipartite_match", "determinantal",
+    "farthest_points", "merge", "method", "order_tokens", "take", "top_tokens",
 ]

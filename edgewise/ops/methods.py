@@ -44,6 +44,8 @@ class Tokens:
     frames: int | None = None
     weights: Mapping[str, Tensor] | None = None
     tail: Tokens | None = None
+    block: tuple[int, int] | None = None
+    """Which block of an encoder the site is in, and of how many."""
 
     @property
     def count(self) -> int:

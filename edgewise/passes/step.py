@@ -40,13 +40,18 @@ def reduce_step(step: Step, anchor: Anchor, stream: Stream, given: Mapping[str, 
     made = step.method.reduce(
         Tokens(_until(tokens, last), _until(size, last), _until(keys, last), attention.rows, stream.grid, _until(padding, last),
                step.protected, has_class=stream.prefix > 0, queries=_until(queries, last), text=given.get("text"),
-               frames=stream.frames, weights=_weights(step, given),
+               frames=stream.frames, weights=_weights(step, given), block=_block(step, stream),
                tail=Tokens(tokens[:, last:], keys=None if keys is None else keys[:, last:]) if step.tail else None),
         keep=step.keep, **dict(step.parameters))
     made = with_tail(made, tokens, size, step.tail)
     kept = made.kept if step.method.represented else None
     left = None if padding is None or kept is None else take(padding, kept, 1, 0)
     return _as_before(made.tokens, x, step.place.axis), made.size, kept, left
+
+
+def _block(step: Step, stream: Stream) -> tuple[int, int] | None:
+    names = [place.name for place in stream.blocks]
+    return (names.index(step.place.name), len(names)) if step.place.name in names else None
 
 
 def _weights(step: Step, given: Mapping[str, Tensor | None]) -> dict[str, Tensor] | None:

@@ -32,6 +32,8 @@ class OnnxRuntime(Target):
         "take": ("topk", "sort_free", "scatter"),
         "merge": ("topk", "sort_free", "scatter"),
         "order_tokens": ("topk", "sort_free", "scatter"),
+        "farthest_points": ("loop", "topk", "sort_free", "scatter"),
+        "determinantal": ("loop", "topk", "sort_free", "scatter"),
     }
 
     def lower(

@@ -19,6 +19,7 @@ from onnxscript import opset20, optimizer
 from torch.export import ExportedProgram
 
 from edgewise.errors import InputError
+from edgewise.targets.onnxruntime import loops
 from edgewise.targets.program import quiet
 from edgewise.targets.rewrite import decompose, simplify
 
@@ -140,7 +141,7 @@ def _sort_stable(
 
 
 # ONNX for those ATen ops that torch's exporter has no rule for.
-_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.sort.stable: _sort_stable}
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.sort.stable: _sort_stable, **loops.TRANSLATIONS}
 
 
 def _reason(error: BaseException) -> str:

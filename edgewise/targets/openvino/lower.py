@@ -112,12 +112,16 @@ def _read(module: Any) -> Any:
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
+    from edgewise.targets.openvino.loops import extensions
+
     # The frontend fails on a graph that gives one value twice.
     output = next(node for node in module.graph.nodes if node.op == "output")
     values = list(output.args[0])
     single = list(dict.fromkeys(values))
     output.args = (tuple(single),)
     frontend = FrontEndManager().load_by_framework("pytorch")
+    for extension in extensions():
+        frontend.add_extension(extension)
     decoder = TorchFXPythonDecoder(module, dynamic_shapes=False)  # has to outlive the conversion
     model = frontend.convert(frontend.load(decoder))
 
