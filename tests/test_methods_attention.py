@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import IMAGE, SMALL, spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_graphs import EVERY, check_export, check_graph
 from torch import Tensor, nn
 
+import edgewise
 from edgewise import targets
-from edgewise.ops import apply, bipartite_match
+from edgewise.ops import METHODS, apply, bipartite_match
 from edgewise.ops.match import first_best, represent
 from edgewise.ops.select import group_tokens
 from edgewise.passes.legalise import Legalise
@@ -421,13 +423,13 @@ EXTRA: dict[str, dict[str, Any]] = {
 OWN = {"visionzip": 2, "frame-visionzip": 6, "prumerge": 4, "trim": 1}
 
 
-def call(name: str, x: Tensor, keep: int, protected: int, attention: Tensor) -> Any:
+def call(name: str, x: Tensor, keep: int, protected: int, attention: Tensor, **more: Any) -> Any:
     known: dict[str, Any] = {**EXTRA[name], "attention": attention, "keys": x}
     if name == "trim":
         known = {"text": x[0, :1]}
     if name == "prumerge":
         known |= {"queries": x}
-    return apply(name, x, keep=keep, protected=protected, **known)
+    return apply(name, x, keep=keep, protected=protected, **known, **more)
 
 
 @pytest.mark.parametrize("name", EXTRA)
@@ -450,6 +452,43 @@ def test_counts_hold_whatever_is_given(name: str, protected: int, dtype: torch.d
                 assert len(set(kept)) == count and kept[:protected] == list(range(protected)) and max(kept) < n
             assert torch.equal(out.tokens[:, :protected].nan_to_num(), x[:, :protected].nan_to_num())
             assert bool((out.assignment >= -1).all()) and bool((out.assignment < count).all())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from(sorted(EXTRA)),
+    each=st.integers(3, 8),
+    protected=st.integers(0, 2),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 99),
+    padded=st.booleans(),
+    data=st.data(),
+)
+def test_invariants(name: str, each: int, protected: int, kind: str, seed: int, padded: bool, data: Any) -> None:
+    free = 3 * each
+    n, entry = protected + free, METHODS[name]
+    options = {p.name: p.default for p in entry.parameters} | EXTRA[name]
+    legal = sorted(entry.legal_counts(free, None, 3, options)) if entry.legal_counts else list(range(1, free + 1))
+    keep = data.draw(st.sampled_from(legal))
+    x, attention = draw(kind, 2, n, 4, seed), draw_attention(kind, 2, n, seed)
+    known: dict[str, Any] = {"size": torch.randint(1, 4, (2, n, 1), generator=torch.Generator().manual_seed(seed)).double()}
+    lengths = [data.draw(st.integers(max(1, protected), n)) for _ in range(2)] if padded and entry.pads else [n, n]
+    if padded and entry.pads:
+        known["length"] = torch.tensor(lengths)
+    out = call(name, x, keep, protected, attention, **known)
+    count = protected + keep + OWN.get(name, 0)
+    assert out.tokens.shape == (2, count, 4) and out.size.shape == (2, count, 1) and bool(out.tokens.isfinite().all())
+    assert torch.equal(out.tokens[:, :protected], x[:, :protected])
+    for b, real in enumerate(lengths):
+        kept, where = out.kept[b].tolist(), out.assignment[b].tolist()
+        assert len(set(kept)) == count and kept[:protected] == list(range(protected))
+        assert all(where[k] == i for i, k in enumerate(kept) if k >= 0)
+        assert kept == sorted(kept) or not entry.keeps_order
+        assert all(i in kept for i in range(real)) or all(k < real for k in kept)
+        # Sizes are those of the real tokens that went somewhere, and of padding that had to be kept.
+        gone = sum(float(known["size"][b, i]) for i, w in enumerate(where) if w < 0)
+        assert float(out.size[b].sum()) == float(known["size"][b].sum()) - gone
+        assert all(where[i] >= 0 for i in range(real)) or name not in OWN
 
 
 @pytest.mark.parametrize("name", EXTRA)
@@ -610,3 +649,29 @@ def test_token_merging_with_padding_lowers(r: int, target: str, tmp_path: Path) 
 )
 def test_in_a_model(family: str, spec: str, tokens: int, tmp_path: Path) -> None:
     check_export(family, spec, tmp_path, tokens)
+
+
+class Projected(nn.Module):
+    """The patches of CLIP's last but one block through a projector, as in LLaVA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        self.vision = CLIPVisionModel(CLIPVisionConfig(**SMALL, **IMAGE))
+        self.projector = nn.Sequential(nn.Linear(32, 40), nn.GELU(), nn.Linear(40, 40))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.projector(self.vision(image, output_hidden_states=True).hidden_states[-2][:, 1:])
+
+
+@pytest.mark.parametrize("spec", ["topk@SITE:keep=9", "visionzip@SITE:keep=7,context=4"])
+def test_at_a_projector(spec: str) -> None:
+    """The class token scores there too, though the projector does not see it."""
+    torch.manual_seed(0)
+    model, image = spread(Projected()).eval().requires_grad_(False), torch.randn(1, 3, 48, 48)
+    program = edgewise.capture(model, (image,))
+    before, after = (
+        edgewise.compress(program, spec.replace("SITE", site)).module()(image) for site in ("encoder.out", "projector.in")
+    )
+    torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
