@@ -188,7 +188,9 @@ class Target(ABC):
 
     def lint(self, exported: ExportedProgram) -> list[str]:
         """What would fail, or be slow, on this target; one line each. An empty list: nothing is known to."""
-        return []
+        from edgewise.passes.lint import data_dependent
+
+        return data_dependent(exported)
 
 
 def check_threads(threads: int | None) -> None:
