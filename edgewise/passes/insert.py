@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
-from edgewise.errors import Refused
+from edgewise.errors import InputError, Refused
 from edgewise.ops.reduce import take
 from edgewise.passes.analysis import Place, Stream
 from edgewise.passes.anchors import Anchor, find_anchors
@@ -45,14 +45,14 @@ class Insert(Pass):
 
 @dataclass
 class _Level:
-    """The state of the stream after one cut: which tokens each method kept (None: pooled), sizes, padding, attention bias.
-    `dense`: what follows is numbered anew, without gaps."""
+    """The state of the stream after one cut: which tokens each method kept (None: pooled), and whether those are then numbered
+    anew, without gaps (`dense`); sizes, padding, attention bias."""
 
     count: int
     kept: list[fx.Node | None] = field(default_factory=list)
     size: fx.Node | None = None
     padding: fx.Node | None = None
-    dense: bool = False
+    dense: list[bool] = field(default_factory=list)
     proportional: bool = False
     bias: dict[tuple[int, int], fx.Node] = field(default_factory=dict)
 
@@ -188,9 +188,9 @@ class _Insertion:
         value = known[level]
         while level < route.to_level:
             level += 1
-            for kept in self.levels[level].kept:
+            for kept, renumbered in zip(self.levels[level].kept, self.levels[level].dense, strict=True):
                 assert kept is not None, "a pooled level has no routes"
-                dense = position and self.levels[level].dense
+                dense = position and renumbered
 
                 def gather(v: Tensor, k: Tensor, dense: bool = dense) -> Tensor:
                     v = v.reshape([1] * (route.rank - v.ndim) + list(v.shape))
@@ -203,7 +203,7 @@ class _Insertion:
                             v = take(v, k, axis + lead, route.prefix)
                     return v
 
-                value = self._emit(gather, [value, kept], route.value)
+                value = self._emit(gather, [route.value if dense else value, kept], route.value)
             known[level] = value
         return value
 
@@ -253,7 +253,7 @@ class _Insertion:
             level.padding = padding
             level.kept.append(kept)
             level.count = step.tokens_out
-            level.dense |= step.method.positions == "dense"
+            level.dense.append(step.method.positions == "dense")
             level.proportional |= step.method.merges and bool(dict(step.parameters).get("prop_attn", False))
         emitted = set()
         last = following.prev
@@ -280,6 +280,7 @@ class _Insertion:
             return
         count = level.count
         level.kept.append(self._emit(lambda _: torch.arange(lost, count)[None], [node], node))
+        level.dense.append(False)
         if level.size is not None:
             level.size = self._emit(lambda size: size[:, lost:], [level.size], node)
         if level.padding is not None:
@@ -323,7 +324,10 @@ class _Insertion:
         def reduce(*values: Any) -> Made:
             return reduce_step(step, anchor, self.stream, dict(zip(names, values, strict=False)), values[len(names):])
 
-        return self._emit(reduce, [*operands.values(), *crossed], x, f"{Insert.name}:{step.method.name}")
+        try:
+            return self._emit(reduce, [*operands.values(), *crossed], x, f"{Insert.name}:{step.method.name}")
+        except ValueError as error:
+            raise InputError(f"{step.method.name} at {step.place.name}: {error}") from error
 
     def _check_meaning(self, step: Step, anchor: Anchor) -> None:
         if anchor.causal and step.place.kind != "decoder":

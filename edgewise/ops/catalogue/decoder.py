@@ -55,19 +55,21 @@ def _sparsevlm(t: Tokens, keep: int, **_: Any) -> Reduced:
     assert t.attend is not None
     if t.tail is None:
         raise ValueError("sparsevlm rates by text tokens behind the visual ones, and the span leaves none")
-    visual, text = t.tokens[:, t.protected:], t.tail.tokens
+    visual, text = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (t.tokens[:, t.protected:], t.tail.tokens))
     relevance = (visual @ text.transpose(1, 2)).softmax(dim=-1).mean(dim=1)
     raters = (relevance > relevance.mean(dim=-1, keepdim=True)).to(relevance.dtype)
     # Where all are equally relevant none is above the average: all of them rate.
     raters = torch.where(raters.sum(dim=-1, keepdim=True) > 0, raters, torch.ones_like(raters))
-    paid = t.attend(slice(t.count, None)).mean(dim=1)
+    # From the end: at a site of several methods there are rows of visual tokens that are gone.
+    paid = t.attend(slice(-t.tail.count, None)).mean(dim=1)
     score = (paid * raters[:, :, None]).sum(dim=1) / raters.sum(dim=-1, keepdim=True)
     return drop(t, top_tokens(score, keep, t.protected))
 
 
 @method(
     name="dart", summary="Keep a few pivot tokens, and for each of them the tokens that are least like it.",
-    mechanism="similarity", modalities=("image", "video"), sites=("decoder",), needs=("keys",),
+    # With queries, which it does not read, keys come with their heads side by side.
+    mechanism="similarity", modalities=("image", "video"), sites=("decoder",), needs=("keys", "queries"),
     paper="Stop Looking for Important Tokens: Duplication Matters More (2025), arXiv 2502.11494",
     limits="Pivots take their turns by falling L1 norm of their keys, visual ones first; what does not divide evenly goes to the "
            "first. Kept tokens are in order. Tokens are compared as they are, without the decoder's final norm.",
@@ -83,7 +85,7 @@ def _dart(t: Tokens, keep: int, image_pivots: int = 4, text_pivots: int = 4, **_
     if t.tail is not None and t.tail.keys is not None and text_pivots:
         none = torch.zeros_like(t.tail.tokens[:, :, 0], dtype=torch.bool)
         pivots += _pivots(t.tail.tokens, t.tail.keys, none, min(text_pivots, t.tail.count))[0]
-    unit = normalize(t.tokens.float() if t.tokens.dtype.itemsize < 4 else t.tokens, dim=-1)
+    unit = normalize(t.tokens.to(torch.promote_types(t.tokens.dtype, torch.float32)), dim=-1)
     share, more = divmod(keep - image_pivots, len(pivots))
     for turn, pivot in enumerate(pivots):
         wanted = share + (turn < more)
@@ -95,7 +97,8 @@ def _dart(t: Tokens, keep: int, image_pivots: int = 4, text_pivots: int = 4, **_
 
 def _pivots(tokens: Tensor, keys: Tensor, taken: Tensor, count: int) -> tuple[list[Tensor], Tensor]:
     """The `count` tokens `(B, 1, C)` of the largest L1 norm of their keys among those not `taken`, the largest first."""
-    norm, place = keys.abs().sum(dim=-1), torch.arange(keys.shape[1], device=keys.device)
+    wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    norm, place = wide.abs().sum(dim=-1), torch.arange(keys.shape[1], device=keys.device)
     pivots = []
     for _ in range(count):
         pick = top_tokens(norm.masked_fill(taken, -torch.inf), 1, 0)
