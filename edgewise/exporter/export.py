@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from edgewise.passes.program import compress as insert
 from edgewise.targets import Target
 from edgewise.verify import ladder
 from edgewise.verify.bundle import batched
-from edgewise.verify.ladder import Rung
+from edgewise.verify.ladder import Rung, within
 from edgewise.verify.metrics import overlap
 from edgewise.version import __version__
 
@@ -86,8 +87,11 @@ class Job:
         self.done += 1
 
     def judge(self, *args: Any, **kwargs: Any) -> None:
+        """Compare, and add the rung."""
+        self.add(judge(*args, **kwargs))
+
+    def add(self, rung: Rung) -> None:
         """Add a rung; a failed one ends the export, and nothing is published."""
-        rung = judge(*args, **kwargs)
         self.rungs.append(rung)
         if rung.passed is False:
             worst = max(rung.outputs.items(), key=lambda kv: float("inf") if kv[1].relative is None else kv[1].relative)
@@ -203,21 +207,51 @@ def _build(job: Job, folder: Path) -> Manifest:
     else:
         assert source.module is not None
         program = capture(source.module, source.args, source.kwargs)
-    job.step("compress")
-    compressed = insert(program, *job.recipe.compress)
-    stored = rounded(compressed.exported) if job.recipe.precision == "fp16" else compressed.exported
-    lowered = _lower_all(job, compressed, stored, folder)
+    steps = {target.name: Legalise(target.realisations) for target in job.chosen}
+    # Digests and runs take long and need little Python: they are done aside, while graphs are rewritten here.
+    with ThreadPoolExecutor(1, "edgewise") as aside:
+        digest = aside.submit(job.weights.of_program, program.base)
+        job.step("compress")
+        compressed = insert(program, *job.recipe.compress)
+        samples = _samples(job, compressed)
+        running = aside.submit(_run_programs, compressed, steps, samples)
+        stored = rounded(compressed.exported) if job.recipe.precision == "fp16" else compressed.exported
+        weights_digest = digest.result()
+        lowered = _lower_all(job, compressed, stored, steps, folder)
+        ran = running.result()
     for attempt in range(ATTEMPTS):
         job.step("verify" if not attempt else "verify with another input: a decision was a near tie")
-        samples = _samples(job, compressed, attempt)
+        if attempt:
+            samples = _samples(job, compressed, attempt)
+            ran = _run_programs(compressed, steps, samples)
         try:
-            base, wanted = _verify(job, compressed, stored, lowered, samples, last=attempt == ATTEMPTS - 1)
+            wanted = _verify(job, compressed, stored, lowered, samples, ran, last=attempt == ATTEMPTS - 1)
             break
         except NearTie:
             job.rungs.clear()
             job.done -= 1
     job.step("write the bundle")
-    return _manifest(job, compressed, samples, base, wanted, [low.artifact for low in lowered], folder)
+    return _manifest(
+        job, compressed, weights_digest, samples, ran.base, wanted, [low.artifact for low in lowered], folder
+    )
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came out on the samples: of the uncompressed (`base`) and of the compressed program, with what each of its selections
+    kept, and its runner, which knows how near to another choice those were and how well the realisations did."""
+
+    base: Outputs
+    compressed: Outputs
+    decisions: dict[str, np.ndarray]
+    runner: Runner
+
+
+def _run_programs(program: Program, steps: Mapping[str, Legalise], samples: list[dict[str, Tensor]]) -> Ran:
+    base = _run_all(program, program.base, samples)
+    realised = {name: step.realised for name, step in steps.items()}
+    runner = Runner(program.exported, program.output_names, realised=realised)
+    return Ran(base, *_stack(runner, samples), runner)
 
 
 def _verify(
@@ -226,21 +260,19 @@ def _verify(
     stored: ExportedProgram,
     lowered: list[Lowered],
     samples: list[dict[str, Tensor]],
+    ran: Ran,
     last: bool,
-) -> tuple[Outputs, Outputs]:
-    """Climb the ladder on these samples; gives the outputs of the uncompressed program and of `stored`, which is the
-    compressed one with the weights that the artifacts have.
+) -> Outputs:
+    """Climb the ladder on these samples; gives the outputs of `stored`, which is the compressed program with the weights that the
+    artifacts have.
 
     Raises CheckFailed at the first rung above its threshold; NearTie if that may come from a choice between tokens whose
     scores are as close as rounding errors are. On the `last` attempt such an artifact is held to a wider limit instead.
     """
-    base = _run_all(program, program.base, samples)
+    base, wanted, decisions, runner = ran.base, ran.compressed, ran.decisions, ran.runner
     if job.source.module is not None:
         eager = _eager(job.source, samples, program)
         job.judge("captured", "eager model", "capture", eager, base, threshold=CAPTURE_THRESHOLD)
-    realised = {low.artifact.target: low.step.realised for low in lowered}
-    runner = Runner(program.exported, program.output_names, realised=realised)
-    wanted, decisions = _stack(runner, samples)
     if program.steps:
         _judge_compression(job, base, wanted)
         _judge_realisations(job, runner)
@@ -272,7 +304,7 @@ def _verify(
                 "runtimes may keep other tokens than torch; held to a wider limit"
             )
             job.judge(low.artifact.label, against, "lowering", wanted, found, threshold=NEAR_TIE_THRESHOLD, note=note)
-    return base, wanted
+    return wanted
 
 
 def judge(name: str, against: str, kind: ladder.Kind, reference: Outputs, value: Outputs, **known: Any) -> Rung:
@@ -309,39 +341,38 @@ def _judge_realisations(job: Job, runner: Runner) -> None:
     The graph that they make together is judged by the artifact, which is compared with the compressed program.
     """
     for target, checked in runner.checked.items():
-        both = {
-            k: [np.concatenate(side)[None, None] for side in zip(*pairs, strict=True)]
-            for k, pairs in sorted(checked.items())
-        }
-        job.judge(
-            f"realisations for {target}",
-            "compression ops",
-            "legalisation",
-            {k: a for k, (a, _) in both.items()},
-            {k: b for k, (_, b) in both.items()},
-            threshold=LOWERING_THRESHOLD,
+        passed = all(within(errors, LOWERING_THRESHOLD) for errors in checked.values())
+        job.add(
+            Rung(
+                name=f"realisations for {target}",
+                against="compression ops",
+                kind="legalisation",
+                outputs=dict(sorted(checked.items())),
+                threshold=LOWERING_THRESHOLD,
+                passed=passed,
+            )
         )
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """An artifact, its target, its files, and how its compression ops were realised."""
+    """An artifact, its target and its files."""
 
     artifact: Artifact
     target: Target
     files: list[Path]
-    step: Legalise
 
 
-def _lower_all(job: Job, program: Program, stored: ExportedProgram, folder: Path) -> list[Lowered]:
+def _lower_all(
+    job: Job, program: Program, stored: ExportedProgram, steps: Mapping[str, Legalise], folder: Path
+) -> list[Lowered]:
     lowered: list[Lowered] = []
     legalised: dict[str, ExportedProgram] = {}
     for target in job.chosen:
         job.step(f"lower to {target.name}")
-        step = Legalise(target.realisations)
         key = repr(sorted(target.realisations.items()))
         if key not in legalised:
-            legalised[key] = step(stored).program
+            legalised[key] = steps[target.name](stored).program
         files = _lower(job, target, legalised[key], program, folder / target.name)
         artifact = Artifact(
             target=target.name,
@@ -351,7 +382,7 @@ def _lower_all(job: Job, program: Program, stored: ExportedProgram, folder: Path
             versions=target.versions(),
             warnings=tuple(target.check()),
         )
-        lowered.append(Lowered(artifact, target, files, step))
+        lowered.append(Lowered(artifact, target, files))
     return lowered
 
 
@@ -469,6 +500,7 @@ def _stack(runner: Runner, samples: list[dict[str, Tensor]]) -> tuple[Outputs, d
 def _manifest(
     job: Job,
     program: Program,
+    weights_digest: str,
     samples: list[dict[str, Tensor]],
     base: Outputs,
     wanted: Outputs,
@@ -488,7 +520,7 @@ def _manifest(
             source=job.source.name,
             class_name=job.source.class_name,
             parameters=sum(t.numel() for t in program.base.state_dict.values() if isinstance(t, nn.Parameter)),
-            weights_digest=job.weights.of_program(program.base),
+            weights_digest=weights_digest,
         ),
         compress=job.recipe.compress,
         components=(

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from edgewise.ops.match import similarity
 from edgewise.passes.graph import parameters_of, user_inputs
 from edgewise.passes.legalise import is_compression_op, op_name
+from edgewise.verify.metrics import Errors, compare, worst
 
 Outputs = dict[str, np.ndarray]
 
@@ -22,7 +23,7 @@ class Runner(fx.Interpreter):
 
     `decisions` holds what each selection or matching kept in the last run, by node name. With `realised` (by label, a
     function for each compression op), every compression op is also computed by these on the values that it really gets:
-    `checked` holds the results of all runs, of the op itself and of its realisation, by label, op and output.
+    `checked` holds the worst errors over all runs, of a realisation against the op itself, by label, op and output.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Runner(fx.Interpreter):
         self.margin = float("inf")
         """The smallest difference between two scores whose order decided something, over all runs; exact ties, which go to
         the lowest index everywhere, are left out."""
-        self.checked: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
+        self.checked: dict[str, dict[str, Errors]] = {}
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Outputs:
         """Run once; gives the named outputs as arrays."""
@@ -70,8 +71,9 @@ class Runner(fx.Interpreter):
             other = functions[op](*args, **kwargs)
             pairs = zip(value, other, strict=True) if isinstance(value, (tuple, list)) else [(value, other)]
             for i, (ours, theirs) in enumerate(pairs):
-                results = self.checked.setdefault(label, {}).setdefault(f"{op}.{i}", [])
-                results.append((as_array(ours).ravel(), as_array(theirs).ravel()))
+                errors = compare(as_array(ours).reshape(1, 1, -1), as_array(theirs).reshape(1, 1, -1))
+                known = self.checked.setdefault(label, {})
+                known[f"{op}.{i}"] = worst([known[f"{op}.{i}"], errors] if f"{op}.{i}" in known else [errors])
 
 
 def _margin(op: str, args: Any) -> float:

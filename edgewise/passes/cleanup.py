@@ -11,8 +11,9 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten
 
-from edgewise.passes.graph import Editor, parameters_of, trace
+from edgewise.passes.graph import Editor, parameters_of
 from edgewise.passes.infra import Pass, PassResult
+from edgewise.passes.trace import trace
 
 aten = torch.ops.aten
 
@@ -59,10 +60,9 @@ def _decompose_einsum(editor: Editor) -> bool:
     for node in found:
         equation, operands = node.args[0], list(node.args[1])  # type: ignore[arg-type]
         values = [n.meta["val"] for n in operands]  # type: ignore[union-attr]
-        with editor.fake_mode:
-            product = as_matmul(equation, [tuple(v.shape) for v in values])
-            traced = (trace(product, values) if product is not None else
-                      trace(lambda *x, eq=equation: aten.einsum.default(eq, list(x)), values, pre_dispatch=False))
+        product = as_matmul(equation, [tuple(v.shape) for v in values])
+        traced = (trace(product, values, editor.fake_mode) if product is not None else
+                  trace(lambda *x, eq=equation: aten.einsum.default(eq, list(x)), values, editor.fake_mode, composite=False))
         with editor.graph.inserting_before(node):
             node.replace_all_uses_with(editor.inline(traced, operands, CleanUp.name, node))  # type: ignore[arg-type]
         editor.graph.erase_node(node)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputSpec, TensorArgument
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
+
+from edgewise.passes.trace import Traced
 
 MADE_BY = "edgewise_pass"
 
@@ -59,7 +59,7 @@ class Editor:
         self.added[node.name] = example
         return node
 
-    def inline(self, traced: fx.GraphModule, operands: Sequence[fx.Node | None], made_by: str,
+    def inline(self, traced: Traced, operands: Sequence[fx.Node | None], made_by: str,
                source: fx.Node | None = None) -> Any:
         """Copy a traced function's nodes to the insertion point and give back its outputs as nodes.
 
@@ -71,11 +71,9 @@ class Editor:
             if node.op == "placeholder":
                 mapping[node] = next(inputs)
             elif node.op == "get_attr":
-                mapping[node] = self.add_constant(getattr(traced, node.target).detach(), made_by)
+                mapping[node] = self.add_constant(traced.constants[node.target].detach(), made_by)
             elif node.op == "output":
                 return fx.node.map_arg(node.args[0], lambda n: mapping[n])
-            elif node.target in _COPIES_OF_CONSTANTS:
-                mapping[node] = mapping[node.args[0]]
             else:
                 new = self.graph.node_copy(node, lambda n: mapping[n])
                 new.meta[MADE_BY] = made_by
@@ -140,9 +138,6 @@ def _has_effect(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or mutable
 
 
-_COPIES_OF_CONSTANTS = {torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default}
-
-
 def fake_mode_of(program: ExportedProgram) -> FakeTensorMode:
     """The mode that the program's `meta["val"]` belong to."""
     for node in program.graph.nodes:
@@ -150,17 +145,6 @@ def fake_mode_of(program: ExportedProgram) -> FakeTensorMode:
         if isinstance(value, torch._subclasses.FakeTensor):
             return value.fake_mode
     return FakeTensorMode()
-
-
-def trace(function: Callable[..., Any], values: Sequence[Any], pre_dispatch: bool = True) -> fx.GraphModule:
-    """Trace plain torch code over fake values into an aten graph, with `edgewise::*` ops as they are.
-
-    `pre_dispatch` keeps composite ops (matmul, softmax) whole.
-    """
-    with _use_lazy_graph_module(True):  # its Python code is never run, and generating it takes longer than the trace
-        module = make_fx(function, pre_dispatch=pre_dispatch, tracing_mode="real")(*values)
-    module.graph.eliminate_dead_code()
-    return module
 
 
 def unique(name: str, taken: Iterable[str]) -> str:

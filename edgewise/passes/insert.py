@@ -15,13 +15,14 @@ from edgewise.errors import InputError, Refused
 from edgewise.ops.reduce import take
 from edgewise.passes.analysis import Place, Stream
 from edgewise.passes.anchors import Anchor, find_anchors
-from edgewise.passes.graph import Editor, describe, reachable, shape_of, source_line, trace
+from edgewise.passes.graph import Editor, describe, reachable, shape_of, source_line
 from edgewise.passes.infra import Pass, PassError, PassResult
 from edgewise.passes.plan import Step
 from edgewise.passes.step import Made, reduce_step
 from edgewise.passes.symbolic import Engine
 from edgewise.passes.token_axis import Cut, Propagation, Propagator, Route, set_operand
 from edgewise.passes.token_rules import symbolic_axes
+from edgewise.passes.trace import trace
 
 aten = torch.ops.aten
 
@@ -173,8 +174,7 @@ class _Insertion:
             rest = iter(tensors)
             return function(*(next(rest) if p else None for p in present))
 
-        with self.editor.fake_mode:
-            traced = trace(call, given)
+        traced = trace(call, given, self.editor.fake_mode)
         return self.editor.inline(traced, [n for n in operands if n is not None], made_by or Insert.name, source)
 
     def _route(self, route: Route, position: bool = False) -> fx.Node:

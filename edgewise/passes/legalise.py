@@ -9,10 +9,11 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from edgewise.passes import order_realisations as _order_realisations  # noqa: F401 (it registers them)
-from edgewise.passes.graph import Editor, trace
+from edgewise.passes.graph import Editor
 from edgewise.passes.greedy_realisations import LOOP
 from edgewise.passes.infra import Pass, PassResult
 from edgewise.passes.realisations import REALISATIONS
+from edgewise.passes.trace import trace
 
 
 def is_compression_op(node: fx.Node) -> bool:
@@ -57,8 +58,7 @@ class Legalise(Pass):
                 args[i] = tensor  # type: ignore[call-overload]
             return function(*args)
 
-        with editor.fake_mode:
-            traced = trace(call, [n.meta["val"] for n in operands])
+        traced = trace(call, [n.meta["val"] for n in operands], editor.fake_mode)
         with editor.graph.inserting_before(node):
             made = editor.inline(traced, operands, f"{self.name}:{op}", node)
         if isinstance(made, (tuple, list)):
