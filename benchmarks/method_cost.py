@@ -2,7 +2,7 @@
 
     python benchmarks/method_cost.py divprune:keep=64 cdpruner:keep=64
     python benchmarks/method_cost.py --encoder vit-b-16 tome:r=16 topk:keep=64 pool
-    python benchmarks/method_cost.py --all
+    python benchmarks/method_cost.py
 
 Each method is a graph of its own over random tokens, with all that it computes (similarities, attention rows, the reduction) and
 what it would be given (tokens, queries and keys). It runs in turn with one forward of the encoder (random weights). A method that
@@ -28,6 +28,7 @@ import transformers
 from torch import Tensor, nn
 
 from edgewise import targets
+from edgewise.errors import InputError
 from edgewise.exporter.capture import capture
 from edgewise.ops import METHODS, apply
 from edgewise.passes.legalise import Legalise
@@ -169,8 +170,7 @@ def measure(sessions: list[tuple[Session, dict[str, np.ndarray]]], seconds: floa
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("methods", nargs="*", help="METHOD:key=value,... as for --compress")
-    parser.add_argument("--all", action="store_true", help="every method that can be called with keep=0.5 or its defaults")
+    parser.add_argument("methods", nargs="*", help="METHOD:key=value,... as for --compress; by default every method")
     parser.add_argument("--encoder", choices=sorted(ENCODERS), default="clip-l-14-336")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20)
@@ -181,14 +181,18 @@ def main() -> int:
     encoder = ENCODERS[options.encoder]
     with tempfile.TemporaryDirectory() as name:
         sessions, texts = [encoder_session(encoder, Path(name), options.threads)], []
-        for text in options.methods or ([_default(m) for m in sorted(METHODS)] if options.all else ["divprune:keep=64"]):
-            try:
-                sessions.append(method_session(text, encoder, Path(name), options.threads))
-                texts.append(text)
-            except Exception as error:  # with --all, some methods have no meaning on these tokens
-                if not options.all:
-                    raise
-                print(f"left out: {text}: {error}".splitlines()[0], file=sys.stderr)
+        for choices in [[text] for text in options.methods] or [_choices(m, encoder) for m in sorted(METHODS)]:
+            for text in choices:
+                try:
+                    sessions.append(method_session(text, encoder, Path(name), options.threads))
+                    texts.append(text)
+                    break
+                except (ValueError, InputError) as error:  # another count may be legal
+                    if options.methods:
+                        raise
+                    reason = error
+            else:
+                print(f"left out: {choices[0]}: {reason}".splitlines()[0], file=sys.stderr)
         times = measure(sessions, options.seconds, options.rounds)
     whole = statistics.median(times[0])
     rows = []
@@ -196,7 +200,7 @@ def main() -> int:
         entry = METHODS[text.partition(":")[0].partition("@")[0]]
         sites = encoder.blocks if entry.every_block else 1
         cost = statistics.median(taken)
-        rows.append({"method": text, "ms": cost * 1e3, "sites": sites, "share": sites * cost / whole, "greedy": entry.name in GREEDY})
+        rows.append({"method": text, "ms": cost * 1e3, "sites": sites, "share": sites * cost / whole})
     if options.json:
         print(json.dumps({"encoder": options.encoder, "encoder_ms": whole * 1e3, "rounds": len(times[0]), "methods": rows}))
     else:
@@ -208,10 +212,11 @@ def main() -> int:
     return 1 if any(row["share"] >= LIMIT for row in rows) else 0
 
 
-def _default(name: str) -> str:
-    entry = METHODS[name]
-    free_count = entry.count is not None or entry.legal_counts is not None
-    return name if free_count and name not in GREEDY else f"{name}:keep=64" if not entry.halves else f"{name}:keep=0.5"
+def _choices(name: str, encoder: Encoder) -> list[str]:
+    """Counts to try: for a greedy method the 64 of the requirement; else half, or what a grid or a default gives."""
+    counts = [":keep=0.5", "", f":keep={encoder.tokens // 4}", ":q=0.5", ":ratio=0.5"]
+    counts = [":keep=64"] if name in GREEDY else counts
+    return [name + count for count in counts]
 
 
 if __name__ == "__main__":
