@@ -251,8 +251,11 @@ def prepared(name: str, batch: int = 1) -> tuple[nn.Module, Tensor, Program]:
 Drop = tuple[str, int]
 
 
-def eager(model: Any, x: Tensor, drops: dict[int, list[Drop]], text: int = COUNT - STOP) -> Tensor:
-    """The layers one by one. `drops` are the methods before a layer, and how many of the visual tokens they keep."""
+def eager(
+    model: Any, x: Tensor, drops: dict[int, list[Drop]], text: int = COUNT - STOP, seen: Tensor | None = None
+) -> Tensor:
+    """The layers one by one. `drops` are the methods before a layer, and how many of the visual tokens they keep; `seen (B, N)` is
+    0 where a token is hidden from the others."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     inner, batch = model.model, len(x)
@@ -261,6 +264,14 @@ def eager(model: Any, x: Tensor, drops: dict[int, list[Drop]], text: int = COUNT
     keys = torch.zeros(batch, model.config.num_key_value_heads, x.shape[1], width)
     weights = torch.zeros(batch, heads, x.shape[1], x.shape[1])
 
+    hidden = torch.zeros(x.shape[:2], dtype=torch.bool) if seen is None else seen == 0
+
+    def mask() -> Tensor:
+        n = hidden.shape[1]
+        return torch.zeros(batch, 1, n, n).masked_fill(
+            hidden[:, None, None] | torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf
+        )
+
     def attention(h: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
         z, n = layer.input_layernorm(h), h.shape[1]
         q, k = (
@@ -268,7 +279,7 @@ def eager(model: Any, x: Tensor, drops: dict[int, list[Drop]], text: int = COUNT
         )
         q, k = apply_rotary_pos_emb(q, k, *inner.rotary_emb(h, positions))
         logits = q @ k.repeat_interleave(heads // k.shape[1], 1).transpose(2, 3) / math.sqrt(width)
-        return k, (logits + torch.full((n, n), -torch.inf).triu(1)).softmax(-1)
+        return k, (logits + mask()).softmax(-1)
 
     for i, layer in enumerate(inner.layers):
         for name, keep in drops.get(i, []):
@@ -285,16 +296,15 @@ def eager(model: Any, x: Tensor, drops: dict[int, list[Drop]], text: int = COUNT
                 ]
             )
             x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+            hidden = hidden.gather(1, kept)
             keys = keys.gather(2, kept[:, None, :, None].expand(-1, keys.shape[1], -1, width))
             weights = weights.gather(3, kept[:, None, None].expand(-1, heads, weights.shape[2], -1))
             weights = weights.gather(2, kept[:, None, :, None].expand(-1, heads, -1, weights.shape[3]))
             dense = METHODS[name].positions == "dense"
             positions = torch.arange(kept.shape[1]).expand(batch, -1) if dense else positions.gather(1, kept)
         keys, weights = attention(x, layer)
-        n = x.shape[1]
-        mask = torch.full((n, n), -torch.inf).triu(1)[None, None]
         rotary = inner.rotary_emb(x, positions)
-        x = x + layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary, attention_mask=mask)[0]
+        x = x + layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary, attention_mask=mask())[0]
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.lm_head(inner.norm(x))
 
@@ -369,6 +379,32 @@ def test_the_loop_is_the_model() -> None:
         assert error(eager(module, x, {}), module(inputs_embeds=x).logits) < 1e-5
 
 
+@pytest.mark.parametrize("case", ["fastv", "pyramiddrop", "sparsevlm", "dart", "same_site"])
+def test_hidden_tokens(case: str) -> None:
+    """A mask of the model's own: text that is hidden in one sample, before and behind the span."""
+    module, x, _ = prepared("llama", 2)
+    seen = torch.ones(2, COUNT, dtype=torch.int64)
+    seen[1, [2, STOP + 3]] = 0
+    inputs = {"inputs_embeds": x, "attention_mask": seen}
+    specs, drops = CASES[case]
+    compressed = compress(edgewise.capture(module, (), inputs), *specs)
+    assert error(compressed.module()(**inputs).logits, eager(module, x, drops, seen=seen)) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["fastv_twice", "sparsevlm", "dart", "same_site"])
+def test_attention_that_is_spelled_out(case: str) -> None:
+    model, x, _ = prepared("llama", 2)
+    model.config._attn_implementation = "eager"
+    try:
+        program = edgewise.capture(model, (), {"inputs_embeds": x})
+    finally:
+        model.config._attn_implementation = "sdpa"
+    specs, drops = CASES[case]
+    assert error(compress(program, *specs).module()(inputs_embeds=x).logits, eager(model, x, drops)) < 1e-5
+    with pytest.raises(Refused, match="only a fused one can be computed ahead"):
+        compress(program, f"pyramiddrop:{SPAN}")
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("case", ["fastv", "pyramiddrop", "sparsevlm", "dart"])
 def test_exports(case: str, model: str, tmp_path: Path) -> None:
@@ -414,6 +450,10 @@ def test_no_tail() -> None:
             InputError,
             "it has 1 stages, and is placed at more",
         ),
+        ("pyramiddrop@decoder.block[1,2]:span=5:29,stages=[0.5,0]", InputError, "stage 1 is 0: give a share above 0"),
+        ("pyramiddrop@decoder.block[1]:span=5:29,stages=[-0.5]", InputError, "stage 0 is -0.5: give a share above 0"),
+        ("pyramiddrop@decoder.block[1]:span=5:29,stages=[nan]", InputError, "stage 0 is nan: give a share above 0"),
+        ("pyramiddrop@decoder.block[1]:span=5:29,stages=[inf]", InputError, "stage 0 is inf: give a share above 0"),
         ("sparsevlm@decoder.block[1]:keep=7,span=5:40", InputError, "rates by text tokens behind"),
         ("tome:keep=0.5", Refused, "the attention at .* is causal.* use dart, fastv, pyramiddrop, sparsevlm"),
         ("topk@decoder.block[1]:keep=7", Refused, "the attention at decoder.block.1. is causal.* use dart, fastv"),
@@ -423,6 +463,14 @@ def test_no_tail() -> None:
 def test_specs_that_cannot_be(spec: str, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=f"(?s){message}"):
         compress(prepared("llama")[2], spec)
+
+
+def test_one_span_for_all() -> None:
+    program = prepared("llama")[2]
+    first = f"fastv@decoder.block[1]:keep=9,{SPAN}"
+    assert len(compress(program, first, f"fastv@decoder.block[2]:keep=3,{SPAN}").steps) == 2
+    with pytest.raises(InputError, match="span=1:4 is not the span of fastv before it, 5:29"):
+        compress(program, first, "fastv@decoder.block[2]:keep=3,span=1:4")
 
 
 @pytest.mark.parametrize("name", DECODER)

@@ -315,6 +315,10 @@ def _span(stream: Stream, place: Place, spec: Spec, count: int, before: list[Ste
     if place.kind != "decoder":
         return protected, count - place.lost
     if before:  # the span is that of the first step, less what has been taken out of it
+        first = before[0].protected, before[0].tokens_in - before[0].tail
+        if "span" in spec.parameters and read_span(spec.parameters["span"], protected, stream.tokens) != first:
+            raise ValueError(f"span={spec.parameters['span']} is not the span of {before[0].method.name} before it, "
+                             f"{first[0]}:{first[1]}: methods of one decoder share their span")
         return before[-1].protected, count - before[-1].tail
     if "span" not in spec.parameters:
         raise ValueError("say which tokens are the image's, the video's or the audio's: span=START:STOP")
@@ -325,6 +329,8 @@ def _stage(spec: Spec, ratios: Sequence[float], stage: int, free: int, before: l
     """Tokens that stay at one stage of several: a ratio of the tokens that were there at first, or a count above 1."""
     if stage >= len(ratios):
         raise ValueError(f"it has {len(ratios)} stages, and is placed at more sites than those")
+    if not 0 < ratios[stage] < float("inf"):
+        raise ValueError(f"stage {stage} is {ratios[stage]:g}: give a share above 0 and up to 1, or a number of tokens above 1")
     first = next((s for s in before if s.method is spec.method), None)
     original = free if first is None else first.tokens_in - first.protected - first.tail
     keep = max(1, int(original * ratios[stage] + 1e-9) if ratios[stage] <= 1 else int(ratios[stage]))
