@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKeyTracer
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 
@@ -35,11 +36,19 @@ def trace(function: Callable[..., Any], values: Sequence[Tensor], fake_mode: Fak
     """
     recorder = _Recorder(fake_mode, composite)
     inputs = [recorder.input(value) for value in values]
-    with enable_python_dispatcher(), recorder:
+    with enable_python_dispatcher(), _WrittenOut(), recorder:
         out = function(*inputs)
     recorder.traced.graph.output(recorder.nodes_of(out))
     recorder.traced.graph.eliminate_dead_code()
     return recorder.traced
+
+
+class _WrittenOut(TorchFunctionMode):  # type: ignore[no-untyped-call]
+    """Makes tensors that are written out in the code where they keep their values, and not on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **{**kwargs, "device": _CPU} if func in (torch.tensor, torch.as_tensor) else kwargs)
 
 
 class _Recorder(ProxyTorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -59,11 +68,12 @@ class _Recorder(ProxyTorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(Tensor, self._known, (args, kwargs or {}))
-        if func is torch.ops.aten.lift_fresh.default:  # how a tensor that is written out in the code comes in
+        if func in _WRITTEN_OUT:
             return args[0]
         if func._schema.is_mutable or torch.Tag.data_dependent_output in func.tags:
             raise RuntimeError(f"{func} cannot be traced: it writes in place, or its result decides about the graph")
-        operands, options = self.nodes_of(args), self.nodes_of(kwargs)
+        operands = tree_map_only(torch.device, lambda _: _CPU, self.nodes_of(args))
+        options = self.nodes_of(kwargs)
         if "device" in kwargs:
             options["device"], kwargs["device"] = _CPU, _META
         out = func(*args, **kwargs)
@@ -107,6 +117,8 @@ class _Recorder(ProxyTorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.known[id(value)]
 
 
+_WRITTEN_OUT = (torch.ops.aten.lift_fresh.default, torch.ops.aten.detach_.default)
+"""What `torch.tensor` does with the values that it is given."""
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 
 
