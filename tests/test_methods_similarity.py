@@ -219,6 +219,25 @@ def test_greedy_on_targets(op: str, realised: str, target: str, tmp_path: Path, 
                 np.testing.assert_array_equal(got, Pick(op, keep)(matrix[:batch]))
 
 
+@pytest.mark.parametrize("target", EVERY)
+@pytest.mark.parametrize("op", GREEDY)
+def test_loops_are_reproducible_and_exact_in_half_storage(
+    op: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half precision cannot hold the number of every token here."""
+    monkeypatch.setattr(greedy_realisations, "UNROLLED", 0)
+    x = torch.nn.functional.normalize(draw(1, 2500, 8), dim=-1).float()
+    matrix = x @ x.transpose(1, 2) if op == GREEDY[1] else 1 - x @ x.transpose(1, 2)
+    legal = Legalise({op: ("loop",)})(torch.export.export(Pick(op, 5), (matrix,), strict=False)).program
+    chosen, written = targets.get(target), []
+    for _ in range(2):
+        files = chosen.lower(legal, tmp_path, "m", precision="fp16", input_names=["x"], output_names=["y"])
+        written.append([path.read_bytes() for path in files])
+    assert written[0] == written[1]
+    with chosen.load(files, threads=1) as session:
+        np.testing.assert_array_equal(session.run({"x": matrix.numpy()})["y"], Pick(op, 5)(matrix))
+
+
 def test_targets_unroll_few_picks_and_loop_over_many() -> None:
     limit = greedy_realisations.UNROLLED
     for target in EVERY:

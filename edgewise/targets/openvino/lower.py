@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,8 @@ def _halve(model: Any) -> None:
 
     kept = {
         node.get_friendly_name(): node
-        for node in model.get_ops()
+        for graph in _graphs(model)
+        for node in graph.get_ops()
         if node.get_type_name() == "Constant"
         and node.get_element_type().to_string() in ("f32", "f64")
         and as_half(node.data) is None
@@ -58,9 +59,18 @@ def _halve(model: Any) -> None:
     # This halves nearly every constant, and marks the Converts for devices that compute in fp16, which leave them out.
     # Each gets the name of its constant.
     compress_model_transformation(model)
-    for node in model.get_ops():
-        if node.get_type_name() == "Convert" and node.get_friendly_name() in kept:
-            node.output(0).replace(kept[node.get_friendly_name()].output(0))
+    for graph in _graphs(model):
+        for node in graph.get_ops():
+            if node.get_type_name() == "Convert" and node.get_friendly_name() in kept:
+                node.output(0).replace(kept[node.get_friendly_name()].output(0))
+
+
+def _graphs(model: Any) -> Iterator[Any]:
+    """A model, and the bodies of its loops."""
+    yield model
+    for node in model.get_ordered_ops():
+        if node.get_type_name() in ("Loop", "TensorIterator"):
+            yield from _graphs(node.get_function())
 
 
 # A layer of the `.xml` takes 1 to 2 KiB.
@@ -152,13 +162,15 @@ def _name(model: Any, input_names: Sequence[str], output_names: Sequence[str]) -
 
     The frontend names nodes by counters that go on from one conversion to the next.
     """
-    for number, node in enumerate(model.get_ordered_ops()):
-        node.set_friendly_name(f"{node.get_type_name()}_{number}")
-        for output in node.outputs():
-            output.get_tensor().set_names(set())
+    for level, graph in enumerate(list(_graphs(model))):
+        prefix = f"body{level}/" if level else ""
+        graph.set_friendly_name(f"{prefix}edgewise")
+        for number, node in enumerate(graph.get_ordered_ops()):
+            node.set_friendly_name(f"{prefix}{node.get_type_name()}_{number}")
+            for output in node.outputs():
+                output.get_tensor().set_names(set())
     for parameter, name in zip(model.inputs, input_names, strict=True):
         parameter.get_tensor().set_names({name})
         parameter.get_node().set_friendly_name(name)
     for result, name in zip(model.outputs, output_names, strict=True):
         result.get_tensor().set_names({name})
-    model.set_friendly_name("edgewise")
