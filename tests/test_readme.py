@@ -12,6 +12,7 @@ import shlex
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import yaml
 from conftest import Cli
 
 import edgewise
+from edgewise.ops import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -69,6 +71,16 @@ def test_blocks_of_the_readme_run(tmp_path: Path, environment: dict[str, str]) -
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """A page may register a method of its own, which is gone afterwards."""
+    known = set(METHODS)
+    yield
+    for name in set(METHODS) - known:
+        del METHODS[name]
+
+
+@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES[1:] if any(language in ("bash", "python") for language, _ in blocks(page))],
@@ -77,9 +89,10 @@ def test_blocks_of_the_readme_run(tmp_path: Path, environment: dict[str, str]) -
 def test_blocks_of_the_docs_run(page: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, which has torch already: plain commands and nothing of a shell."""
     monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__"}
     for language, text in blocks(page):
         if language == "python":
-            exec(compile(text, str(page), "exec"), {"__name__": "__main__"})
+            exec(compile(text, str(page), "exec"), names)
         elif language == "bash":
             for line in text.splitlines():
                 verb, *args = shlex.split(line)
@@ -128,3 +141,8 @@ def test_ci_runs_the_two_commands_of_the_readme() -> None:
     assert len(commands) == 2
     for command in commands:
         assert f"\n{command} || exit 1\n" in script
+
+
+def test_a_method_takes_few_lines() -> None:
+    entry = blocks(ROOT / "docs" / "adding-a-method.md")[0][1]
+    assert "@method(" in entry and len(entry.splitlines()) < 30
