@@ -121,12 +121,12 @@ def parse(text: str, encoder: Encoder) -> tuple[str, dict[str, Any]]:
 
 
 def lowered(module: nn.Module, inputs: dict[str, Tensor], folder: Path, threads: int) -> Session:
+    # A file of its own for each: OpenVINO maps weights, and a file that is written over changes under it.
+    stem = f"m{len(list(folder.iterdir()))}"
     target = targets.get("openvino")
     exported = torch.export.export(module.eval(), (), inputs, strict=False)
     legal = Legalise(target.realisations)(exported).program
-    files = target.lower(
-        legal, folder, "m", precision="fp32", input_names=list(inputs), output_names=["out"]
-    )
+    files = target.lower(legal, folder, stem, precision="fp32", input_names=list(inputs), output_names=["out"])
     return target.load(files, threads=threads)
 
 
@@ -182,6 +182,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         sessions, texts = [encoder_session(encoder, Path(name), options.threads)], []
         for choices in [[text] for text in options.methods] or [_choices(m, encoder) for m in sorted(METHODS)]:
+            reasons = []
             for text in choices:
                 try:
                     sessions.append(method_session(text, encoder, Path(name), options.threads))
@@ -190,9 +191,9 @@ def main() -> int:
                 except (ValueError, InputError) as error:  # another count may be legal
                     if options.methods:
                         raise
-                    reason = error
+                    reasons.append(error)
             else:
-                print(f"left out: {choices[0]}: {reason}".splitlines()[0], file=sys.stderr)
+                print(f"left out: {choices[0]}: {reasons[0]}".splitlines()[0], file=sys.stderr)
         times = measure(sessions, options.seconds, options.rounds)
     whole = statistics.median(times[0])
     rows = []
