@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from edgewise.ops.budget import count_to_keep
 from edgewise.ops.methods import LENGTH, METHODS, TEXT, TEXT_TOKENS, Method, Tokens, read_span, with_tail
 from edgewise.ops.score import attention_rows
+from edgewise.ops.weights import read_tensors
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int 
             protected included; the rest is padding, and goes first.
         protected: leading tokens that are never touched; the first of them is the class token.
         parameters: the method's own. For methods of a decoder `span="START:STOP"` says which tokens are visual; the others
-            stay.
+            stay. For methods with weights `weights` is a file, or tensors by name.
 
     Raises ValueError for an unknown method or parameter, a count out of range, or an input that is needed and
     missing, or given and not understood by the method.
@@ -79,6 +81,9 @@ def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int 
         raise ValueError(f"method {name!r} needs frames=..., or a grid (frames, height, width)")
     if grid is None and "grid" in entry.needs:
         grid = _square(count - protected, frames)
+    weights = parameters.pop("weights", None)
+    if isinstance(weights, (str, os.PathLike)):
+        weights = read_tensors(weights)
     given = {p.name: p.default for p in entry.parameters if p.name not in ("keep", "r", "schedule")} | parameters
     wanted = count_to_keep(entry, keep, r, count, protected, grid, frames, given)
     padding = None if length is None else torch.arange(count, device=tokens.device) >= length.reshape(-1, 1)
@@ -96,7 +101,7 @@ def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int 
     result = entry.reduce(
         Tokens(tokens, size, compared[:, :count], attend, grid, padding, protected, has_class=protected > 0,
                queries=None if queries is None else queries[:, :count], text=text, frames=frames,
-               tail=Tokens(whole[:, count:], keys=compared[:, count:]) if tail else None), keep=wanted, **given)
+               weights=weights, tail=Tokens(whole[:, count:], keys=compared[:, count:]) if tail else None), keep=wanted, **given)
     result = with_tail(result, whole, whole_size, tail)
     assignment = result.assignment()
     new_size = result.size

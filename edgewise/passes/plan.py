@@ -4,13 +4,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from edgewise.errors import InputError, Refused, unknown
@@ -18,6 +13,7 @@ from edgewise.ops import METHODS, Method, Parameter
 from edgewise.ops.budget import count_to_keep, kept_count, merge_schedule, spread_removal
 from edgewise.ops.match import max_merges
 from edgewise.ops.methods import read_span
+from edgewise.ops.weights import read_tensors
 from edgewise.passes.analysis import DECODER, Analysis, Place, Stream
 from edgewise.passes.graph import describe, source_line
 
@@ -337,21 +333,6 @@ def _stage(spec: Spec, ratios: Sequence[float], stage: int, free: int, before: l
     if keep > free:
         raise ValueError(f"stage {stage} keeps {keep} tokens, and {free} are left: ratios may not rise")
     return keep
-
-
-def read_tensors(path: str) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file by name, or the array of a `.npy` file as `array`. Raises ValueError."""
-    place = Path(path)
-    if not place.is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        if place.suffix == ".safetensors":
-            return load_file(place)
-        if place.suffix == ".npy":
-            return {"array": torch.from_numpy(np.load(place, allow_pickle=False))}
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    raise ValueError(f"{path} is neither a .safetensors nor a .npy file")
 
 
 def _one(tensors: dict[str, Tensor], path: str) -> Tensor:

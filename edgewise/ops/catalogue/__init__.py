@@ -6,9 +6,10 @@ from edgewise.ops.catalogue import (
     context,
     decoder,
     diversity,
+    query,
     similarity,
     temporal,
     transformation,
 )
 
-__all__ = ["attention", "audio", "baseline", "context", "decoder", "diversity", "similarity", "temporal", "transformation"]
+__all__ = ["attention", "audio", "baseline", "context", "decoder", "diversity", "query", "similarity", "temporal", "transformation"]

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,8 +118,10 @@ def _avgpool1d(t: Tokens, keep: int, kernel: int = 2, stride: int = 2, **_: Any)
     ),
     count=_window_count,
 )
-def _conv1d(t: Tokens, keep: int, kernel: int = 2, stride: int = 2, padding: int = 0, weights: Any = None, **_: Any) -> Reduced:
-    weight, bias = _kernel(t.weights if t.weights is not None else _read(weights), t.tokens.shape[2], kernel)
+def _conv1d(t: Tokens, keep: int, kernel: int = 2, stride: int = 2, padding: int = 0, **_: Any) -> Reduced:
+    if t.weights is None:
+        raise ValueError("give weights=FILE, a .safetensors file with the kernel (out, in, kernel)")
+    weight, bias = _kernel(t.weights, t.tokens.shape[2], kernel)
     x = t.tokens[:, t.protected:]
     if t.protected and weight.shape[0] < x.shape[2]:
         raise ValueError(f"the weights make {weight.shape[0]} features of {x.shape[2]}, and the {t.protected} protected tokens "
@@ -132,18 +133,6 @@ def _conv1d(t: Tokens, keep: int, kernel: int = 2, stride: int = 2, padding: int
         return _window_sums(torch.nn.functional.pad(size, (0, 0, padding, padding)), cells, kernel, stride)
 
     return pooled(t, tokens.transpose(1, 2), sizes, lambda: _window_place(t.free, cells, kernel, stride, padding))
-
-
-def _read(path: Any) -> dict[str, Tensor]:
-    if path is None:
-        raise ValueError("give weights=FILE, a .safetensors file with the kernel (out, in, kernel)")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(Path(path))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _kernel(weights: Mapping[str, Tensor], width: int, kernel: int) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ from edgewise.ops.methods import KEEP, Parameter, Reduced, Tokens, drop, method
 
 @method(
     name="random", summary="Keep tokens at random: the baseline that every method must beat at equal count.",
-    mechanism="baseline", modalities=("image", "video", "audio"), sites=("block", "out"), needs=(),
+    mechanism="baseline", modalities=("image", "video", "audio"), sites=("block", "out", "projector"), needs=(),
     paper="", limits="The choice is a constant of the graph: the same tokens for every input.",
     parameters=(KEEP, Parameter("seed", 0, "seed of the choice")),
 )
