@@ -36,12 +36,28 @@ class Insert(Pass):
         self.stream, self.steps, self.engine = stream, steps, engine
         self.added: dict[str, Tensor] = {}
         """After the call: the inputs that were added, with an example each."""
+        self.taps: list[Tap] = []
+        """After the call: where each step is in the graph, in order."""
 
     def call(self, program: ExportedProgram) -> PassResult:
         editor = Editor(program)
-        _Insertion(editor, self.stream, self.steps, self.engine).run()
-        self.added = dict(editor.added)
+        insertion = _Insertion(editor, self.stream, self.steps, self.engine)
+        insertion.run()
+        self.added, self.taps = dict(editor.added), insertion.taps
         return PassResult(editor.finish(), bool(self.steps))
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a step is in the graph, for who wants to observe it: the nodes that `reduced` is given, with the name that each has
+    there (the dead ones among them are not in the graph any more), and the one that says what it kept (None: pooled)."""
+
+    stream: Stream
+    step: Step
+    anchor: Anchor
+    given: Mapping[str, fx.Node | None]
+    crossed: Sequence[fx.Node]
+    kept: fx.Node | None
 
 
 @dataclass
@@ -77,6 +93,7 @@ class _Insertion:
             self.steps.setdefault(node, []).append(step)
         self.counts = {cut.symbol: self.steps[cut.node][-1].tokens_out for cut in self.cuts}
         self.levels = [_Level(stream.tokens)]
+        self.taps: list[Tap] = []
         self.anchors = {by_name[p.anchor.softmax.name]: p.anchor for p in stream.blocks}
         self.by_name = by_name
         self.routed: dict[tuple[fx.Node, tuple[int, ...], int, int, bool], dict[int, fx.Node]] = {}
@@ -325,9 +342,11 @@ class _Insertion:
             return reduce_step(step, anchor, self.stream, dict(zip(names, values, strict=False)), values[len(names):])
 
         try:
-            return self._emit(reduce, [*operands.values(), *crossed], x, f"{Insert.name}:{step.method.name}")
+            made = self._emit(reduce, [*operands.values(), *crossed], x, f"{Insert.name}:{step.method.name}")
         except ValueError as error:
             raise InputError(f"{step.method.name} at {step.place.name}: {error}") from error
+        self.taps.append(Tap(self.stream, step, anchor, operands, crossed, made[2]))
+        return made  # type: ignore[no-any-return]
 
     def _check_meaning(self, step: Step, anchor: Anchor) -> None:
         if anchor.causal and step.place.kind != "decoder":

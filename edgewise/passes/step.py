@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgewise.ops.methods import Tokens, with_tail
+from edgewise.ops.methods import Reduced, Tokens, with_tail
 from edgewise.ops.reduce import take
 from edgewise.ops.score import attention_rows
 from edgewise.passes.analysis import Stream
@@ -20,7 +20,18 @@ Made = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 def reduce_step(step: Step, anchor: Anchor, stream: Stream, given: Mapping[str, Tensor | None],
                 crossed: Sequence[Tensor]) -> Made:
-    """Run one step.
+    """Run one step on what `reduced` takes, and give the tokens in the form that the graph has them in."""
+    x, padding = given["x"], given.get("padding")
+    assert x is not None
+    made = reduced(step, anchor, stream, given, crossed)
+    kept = made.kept if step.method.represented else None
+    left = None if padding is None or kept is None else take(padding, kept, 1, 0)
+    return _as_before(made.tokens, x, step.place.axis), made.size, kept, left
+
+
+def reduced(step: Step, anchor: Anchor, stream: Stream, given: Mapping[str, Tensor | None],
+            crossed: Sequence[Tensor]) -> Reduced:
+    """What the method of one step makes.
 
     `given` holds the tokens `x`, their `size` and `padding`, the `keys` and `queries` with their heads apart, the `text`, the
     weights of the method by name, and the attention as `q`, `k` and `mask` or as `weights`. `crossed` are the tokens that were
@@ -43,10 +54,7 @@ def reduce_step(step: Step, anchor: Anchor, stream: Stream, given: Mapping[str, 
                frames=stream.frames, weights=_weights(step, given), block=_block(step, stream),
                tail=Tokens(tokens[:, last:], keys=None if keys is None else keys[:, last:]) if step.tail else None),
         keep=step.keep, **dict(step.parameters))
-    made = with_tail(made, tokens, size, step.tail)
-    kept = made.kept if step.method.represented else None
-    left = None if padding is None or kept is None else take(padding, kept, 1, 0)
-    return _as_before(made.tokens, x, step.place.axis), made.size, kept, left
+    return with_tail(made, tokens, size, step.tail)
 
 
 def _block(step: Step, stream: Stream) -> tuple[int, int] | None:
