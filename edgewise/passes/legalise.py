@@ -12,6 +12,7 @@ from edgewise.passes import order_realisations as _order_realisations  # noqa: F
 from edgewise.passes.graph import Editor
 from edgewise.passes.greedy_realisations import LOOP
 from edgewise.passes.infra import Pass, PassResult
+from edgewise.passes.lint import data_dependent
 from edgewise.passes.realisations import REALISATIONS
 from edgewise.passes.trace import trace
 
@@ -73,6 +74,8 @@ class Legalise(Pass):
     def ensures(self, program: ExportedProgram) -> None:
         left = [n.name for n in program.graph.nodes if is_compression_op(n) and op_name(n) not in self.whole]
         assert not left, f"compression ops are left: {left}"
+        found = data_dependent(program, ours=True)
+        assert not found, f"compression must have static shapes: {found}"
 
 
 def _choose(op: str, names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
-from edgewise.passes.graph import describe
+from edgewise.passes.graph import MADE_BY, describe
 
 _COUNTED = {"nonzero", "nonzero_numpy", "argwhere", "masked_select", "masked_scatter", "unique", "unique_consecutive", "unique_dim",
             "_unique2", "bincount", "item", "_local_scalar_dense"}
@@ -20,9 +20,12 @@ _REPEATING = {torch.ops.aten.repeat_interleave.Tensor, torch.ops.aten.repeat_int
 _INDEXING = {"index", "index_put", "_unsafe_index", "_unsafe_index_put", "index_copy", "index_fill"}
 
 
-def data_dependent(program: ExportedProgram) -> list[str]:
-    """One line for each node of a program whose shape depends on data, or whose op makes it do so. An empty list: none does."""
-    return [f"{describe(node)}: {reason}" for node in program.graph.nodes if (reason := _reason(node)) is not None]
+def data_dependent(program: ExportedProgram, ours: bool = False) -> list[str]:
+    """One line for each node of a program whose shape depends on data, or whose op makes it do so. An empty list: none does.
+
+    `ours`: only of the nodes that a pass of ours made."""
+    nodes = [node for node in program.graph.nodes if not ours or MADE_BY in node.meta]
+    return [f"{describe(node)}: {reason}" for node in nodes if (reason := _reason(node)) is not None]
 
 
 def _reason(node: fx.Node) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import openvino
+import torch
 from openvino import opset13 as op
 from openvino.frontend.pytorch import ConversionExtension
 
@@ -65,8 +66,6 @@ class _Numbers:
     """Constants of a value's floating-point type."""
 
     def __init__(self, value: Any) -> None:
-        import torch
-
         self.type = np.dtype(np.float64 if value.get_element_type() == openvino.Type.f64 else np.float32)
         self.torch_type = torch.float64 if self.type == np.float64 else torch.float32
         self.name = "f64" if self.type == np.float64 else "f32"
