@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from edgewise.ops.greedy import farthest, most_determinant, pick_rows
 from edgewise.ops.match import similarity
 from edgewise.passes.graph import parameters_of, user_inputs
 from edgewise.passes.legalise import is_compression_op, op_name
@@ -59,7 +60,7 @@ class Runner(fx.Interpreter):
         if is_compression_op(n):
             self.margin = min(self.margin, _margin(op_name(n), self.fetch_args_kwargs_from_env(n)[0]))
             self._check(n, value)
-        if is_compression_op(n) and n.name.startswith(("bipartite_match", "top_tokens")):
+        if is_compression_op(n) and op_name(n) in _DECIDING:
             kept = value[0] if isinstance(value, (tuple, list)) else value
             self.decisions[n.name] = kept.numpy()
         return value
@@ -76,6 +77,9 @@ class Runner(fx.Interpreter):
                 known[f"{op}.{i}"] = worst([known[f"{op}.{i}"], errors] if f"{op}.{i}" in known else [errors])
 
 
+_DECIDING = ("bipartite_match", "top_tokens", "order_tokens", "farthest_points", "determinantal")
+
+
 def _margin(op: str, args: Any) -> float:
     """How close the nearest decision of a compression op was: a difference of scores below it would change the result."""
     if op == "bipartite_match":
@@ -87,12 +91,33 @@ def _margin(op: str, args: Any) -> float:
         gaps.append(pair[:, :, 0] - pair[:, :, -1])
     elif op == "top_tokens":
         score, keep, protected = args
-        ranked = score[:, protected:].sort(dim=-1, descending=True).values
-        gaps = [(ranked[:, keep - 1] - ranked[:, keep]) / ranked.abs().amax()] if keep < ranked.shape[1] else []
+        ranked = _ranked(score[:, protected:])
+        gaps = [ranked[:, keep - 1] - ranked[:, keep]] if keep < ranked.shape[1] else []
+    elif op == "order_tokens":
+        score, keep = args
+        ranked = _ranked(score)
+        gaps = [ranked[:, :-1][:, :keep] - ranked[:, 1:][:, :keep]]
+    elif op in _GREEDY:
+        gaps = []
+        _GREEDY[op](*args, pick_rows, lambda score: gaps.append(_lead(score)))
     else:
         gaps = []
     gaps = [g[(g > 0) & g.isfinite()] for g in gaps]
     return min((float(g.min()) for g in gaps if g.numel()), default=float("inf"))
+
+
+_GREEDY: dict[str, Callable[..., Tensor]] = {"farthest_points": farthest, "determinantal": most_determinant}
+
+
+def _ranked(score: Tensor) -> Tensor:
+    """Scores in descending order, in units of the largest."""
+    finite = torch.where(score.isfinite(), score, 0.0).abs().amax()
+    return score.sort(dim=-1, descending=True).values / finite.clamp_min(torch.finfo(score.dtype).tiny)
+
+
+def _lead(score: Tensor) -> Tensor:
+    """How far the largest score is ahead of the next, in units of the largest."""
+    return -_ranked(score)[:, :2].diff(dim=-1)
 
 
 def as_array(value: Tensor) -> np.ndarray:

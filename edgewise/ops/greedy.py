@@ -14,6 +14,8 @@ from edgewise.ops.reduce import gather_along
 
 Rows = Callable[[Tensor, Tensor], Tensor]
 """The row `(B, N)` of a matrix `(B, M, N)` at an index `(B)`, which is given in float."""
+Watch = Callable[[Tensor], None]
+"""Called with the scores `(B, N)` that each pick is the largest of."""
 
 
 def pick_rows(matrix: Tensor, index: Tensor) -> Tensor:
@@ -104,11 +106,12 @@ def nearest_other(distance: Tensor) -> Tensor:
     return torch.where(place[:, None] == place, torch.inf, distance).amin(dim=1)
 
 
-def farthest(distance: Tensor, keep: int, rows: Rows) -> Tensor:
+def farthest(distance: Tensor, keep: int, rows: Rows, watch: Watch = lambda _: None) -> Tensor:
     check_count(distance, keep)
     distance, place = without_nan(distance), places(distance)
     score, least, picks = nearest_other(distance), None, []
     for turn in range(keep):
+        watch(score)
         _, index, here = first_largest(score, place)
         picks.append(index)
         if turn + 1 < keep:
@@ -138,7 +141,7 @@ def remaining(gain: Tensor, row: Tensor, here: Tensor, floor: Tensor) -> Tensor:
     return torch.where(here, -torch.inf, torch.where(left > floor, left, gain.clamp_max(0.0)))
 
 
-def most_determinant(kernel: Tensor, keep: int, rows: Rows) -> Tensor:
+def most_determinant(kernel: Tensor, keep: int, rows: Rows, watch: Watch = lambda _: None) -> Tensor:
     check_count(kernel, keep)
     kernel, place = without_nan(kernel), places(kernel)
     gain = diagonal(kernel)
@@ -146,6 +149,7 @@ def most_determinant(kernel: Tensor, keep: int, rows: Rows) -> Tensor:
     factor: Tensor | None = None
     picks: list[Tensor] = []
     for turn in range(keep):
+        watch(gain)
         best, index, here = first_largest(gain, place)
         picks.append(index)
         if turn + 1 < keep:
