@@ -1,0 +1,277 @@
+"""Input files: an image, a recording or a video as the array that a model takes, and as a picture of that array."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from edgewise.errors import InputError, MissingExtra
+
+Kind = Literal["image", "video", "audio"]
+Shape = tuple[int, ...]
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_MOST_PIXELS = 1 << 27
+
+
+@dataclass(frozen=True)
+class Media:
+    """One input of a model, without its batch dimension, and pictures of it: of an image one, of a video one for each
+    frame, of audio a spectrogram with time to the right and low frequencies first (at the top)."""
+
+    kind: Kind
+    array: np.ndarray
+    views: tuple[Image.Image, ...]
+    seconds: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def kind_of(shape: Shape) -> Kind | None:
+    """What an input `(batch, ...)` holds, by its shape; None where it is none of the three."""
+    if len(shape) == 5 and (shape[1] in (1, 3) or shape[2] in (1, 3)):
+        return "video"
+    if len(shape) == 4 and shape[1] in (1, 3):
+        return "image"
+    return "audio" if len(shape) in (2, 3) else None
+
+
+def load_image(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Media:
+    """An image file as `shape (C, H, W)`: resized, cropped and normalised with the constants of the processor."""
+    picture = _fitted(_open(path), shape[-2:], preprocessing)
+    array, notes = _normalised([picture], shape[0], preprocessing)
+    return Media("image", array[0], (_shown(array[0], preprocessing),), notes=notes)
+
+
+def load_video(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Media:
+    """A folder of frames, or a video file, as `shape (T, C, H, W)` or `(C, T, H, W)`: frames at equal distances."""
+    first = shape[1] in (1, 3)
+    count, channels = (shape[0], shape[1]) if first else (shape[1], shape[0])
+    frames = _folder(path, count) if path.is_dir() else _decoded(path, count)
+    fitted = [_fitted(frame, shape[-2:], preprocessing) for frame in frames]
+    array, notes = _normalised(fitted, channels, preprocessing)
+    views = tuple(_shown(frame, preprocessing) for frame in array)
+    return Media("video", array if first else array.swapaxes(0, 1), views, notes=notes)
+
+
+def load_audio(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Media:
+    """A recording as features, by the model's own extractor, or as a waveform; cut or padded to `shape`."""
+    wave, rate = _read_audio(path)
+    wanted = int(preprocessing.get("sampling_rate", 16000))
+    wave = resample(wave, rate, wanted)
+    extractor = preprocessing.get("feature_extractor_type")
+    if len(shape) == 1:
+        notes = () if len(wave) <= shape[0] else (f"only the first {shape[0] / wanted:.2f} seconds of {path.name} fit",)
+        wave = np.pad(wave[: shape[0]], (0, max(0, shape[0] - len(wave))))
+        if preprocessing.get("do_normalize"):
+            wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
+        return from_array("audio", wave.astype(np.float32), preprocessing, notes)
+    if extractor is None:
+        raise InputError(
+            f"the model takes audio features {list(shape)}, and comes without a preprocessor_config.json that says how "
+            "they are made of a recording"
+        )
+    import transformers
+
+    cls = getattr(transformers, str(extractor), None)
+    if cls is None:
+        raise InputError(f"transformers has no {extractor}, which the model's preprocessor_config.json names")
+    try:
+        made = cls.from_dict(dict(preprocessing))(wave, sampling_rate=wanted, return_tensors="np")
+    except Exception as error:
+        raise InputError(f"{extractor} cannot make features of {path}: {' '.join(str(error).split())}") from error
+    array = next((v[0] for v in made.values() if v[0].shape == shape), None)
+    if array is None:
+        got = ", ".join(f"{k} {list(v[0].shape)}" for k, v in made.items())
+        raise InputError(f"{extractor} makes {got} of {path}, and the model takes {list(shape)}")
+    return from_array("audio", array.astype(np.float32), preprocessing)
+
+
+def from_array(kind: Kind, array: np.ndarray, preprocessing: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Media:
+    """Media of an array that is ready for the model."""
+    if kind == "image":
+        return Media(kind, array, (_shown(array, preprocessing),), notes=notes)
+    if kind == "video":
+        frames = array if array.shape[1] in (1, 3) else array.swapaxes(0, 1)
+        return Media(kind, array, tuple(_shown(frame, preprocessing) for frame in frames), notes=notes)
+    rate = preprocessing.get("sampling_rate")
+    if array.ndim == 1:
+        seconds = None if rate is None else len(array) / int(rate)
+        return Media(kind, array, (_stretched(_spectrogram(array)),), seconds, notes)
+    bins = preprocessing.get("num_mel_bins", preprocessing.get("feature_size"))
+    # Time is the axis that is not the bins, where those are known, else the longer one.
+    time_first = array.shape[0] != bins and (array.shape[1] == bins or array.shape[0] >= array.shape[1])
+    hop = preprocessing.get("hop_length")
+    frames = array.shape[0] if time_first else array.shape[1]
+    seconds = None if rate is None or hop is None else frames * int(hop) / int(rate)
+    return Media(kind, array, (_stretched(array.T if time_first else array),), seconds, notes)
+
+
+def _open(path: Path) -> Image.Image:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, and one image is needed")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        with Image.open(path) as file:
+            if file.width * file.height > _MOST_PIXELS:
+                raise InputError(f"{path} has {file.width} x {file.height} pixels, more than are read")
+            file.load()
+            return file.convert("RGBA") if "transparency" in file.info or file.mode == "RGBA" else file.convert("RGB")
+    except InputError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything
+        raise InputError(f"{path} is no image that can be read: {str(error) or type(error).__name__}") from error
+
+
+def _folder(path: Path, count: int) -> list[Image.Image]:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise InputError(
+            f"{path} holds no frames: give a folder of images ({', '.join(_SUFFIXES[:3])}, ...), in order by name"
+        )
+    return [_open(files[i]) for i in _spread(len(files), count)]
+
+
+def _decoded(path: Path, count: int) -> list[Image.Image]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give a video file, or a folder of frames")
+    try:
+        av: Any = importlib.import_module("av")
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            "PyAV is not installed, and reads video files; install it with: pip install av, or give a folder of frames"
+        ) from error
+    try:
+        with av.open(str(path)) as file:
+            total = sum(1 for _ in file.decode(video=0))
+        wanted = _spread(total, count)
+        found: dict[int, Image.Image] = {}
+        with av.open(str(path)) as file:
+            for i, frame in enumerate(file.decode(video=0)):
+                if i in wanted:
+                    found[i] = frame.to_image()
+    except Exception as error:
+        raise InputError(f"{path} is no video that can be read: {str(error) or type(error).__name__}") from error
+    if not found:
+        raise InputError(f"{path} holds no frames")
+    return [found[i] for i in wanted]
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """`count` of `total` frames, the middles of equal stretches; some are repeated where there are fewer."""
+    return [min(total - 1, int((i + 0.5) * total / count)) for i in range(count)] if total else []
+
+
+def _fitted(picture: Image.Image, size: Shape, preprocessing: Mapping[str, Any]) -> Image.Image:
+    """Resized to `size (H, W)` as the processor does: the whole image, or its centre where the processor crops."""
+    height, width = size
+    if picture.mode == "RGBA":  # what shines through is white
+        ground = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(ground, picture).convert("RGB")
+    kind = Image.Resampling(int(preprocessing.get("resample", Image.Resampling.BICUBIC)))
+    given = preprocessing.get("size")
+    crop = preprocessing.get("crop_size")
+    edge = given.get("shortest_edge") if isinstance(given, Mapping) else None
+    cropped = preprocessing.get("do_center_crop", crop is not None)
+    if not cropped and edge is None:
+        return picture.resize((width, height), kind)
+    sides = [crop.get("height"), crop.get("width")] if isinstance(crop, Mapping) else [crop]
+    short = min((int(side) for side in sides if side), default=0)
+    # The edge before the crop, in proportion where the input has another size than the processor makes.
+    share = max(1.0, int(edge) / short) if edge and short else 1.0
+    scale = max(height * share / picture.height, width * share / picture.width)
+    large = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))), kind)
+    left, top = (large.width - width) // 2, (large.height - height) // 2
+    return large.crop((left, top, left + width, top + height))
+
+
+def _normalised(
+    pictures: list[Image.Image], channels: int, preprocessing: Mapping[str, Any]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Arrays `(n, C, H, W)`, and what had to be assumed."""
+    mode = "L" if channels == 1 else "RGB"
+    array = np.stack([np.asarray(p.convert(mode), np.float32).reshape(p.height, p.width, -1) for p in pictures])
+    if preprocessing.get("do_rescale", True):
+        array = array * np.float32(preprocessing.get("rescale_factor", 1 / 255))
+    mean, std = _constants(preprocessing, channels)
+    notes: tuple[str, ...] = ()
+    if "image_mean" not in preprocessing:
+        notes = ("the model comes without constants of its processor: pixels were scaled to -1 to 1",)
+    return ((array - mean) / std).transpose(0, 3, 1, 2).astype(np.float32), notes
+
+
+def _constants(preprocessing: Mapping[str, Any], channels: int) -> tuple[np.ndarray, np.ndarray]:
+    if not preprocessing.get("do_normalize", True):
+        return np.zeros(1, np.float32), np.ones(1, np.float32)
+    pair = [np.array(preprocessing.get(key, [0.5]), np.float32).reshape(-1) for key in ("image_mean", "image_std")]
+    if any(len(one) not in (1, channels) for one in pair):
+        raise InputError(f"the processor's image_mean and image_std are not for {channels} channels")
+    return pair[0], pair[1]
+
+
+def _shown(array: np.ndarray, preprocessing: Mapping[str, Any]) -> Image.Image:
+    """An input `(C, H, W)` as a picture, normalisation undone."""
+    mean, std = _constants(preprocessing, len(array))
+    pixels = array.transpose(1, 2, 0) * std + mean
+    if not preprocessing.get("do_rescale", True):
+        pixels = pixels / 255
+    if pixels.min() < -0.1 or pixels.max() > 1.1:  # not of this normalisation
+        pixels = (pixels - pixels.min()) / max(float(np.ptp(pixels)), 1e-12)
+    return _picture(pixels)
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    whole = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(np.repeat(whole, 3, axis=2) if whole.shape[2] == 1 else whole)
+
+
+def _stretched(array: np.ndarray) -> Image.Image:
+    """Any matrix as a grey picture. The extremes are cut off: a few values would leave all others black."""
+    low, high = np.percentile(array, (1, 99.5))
+    return _picture(((array - low) / max(float(high - low), 1e-12))[:, :, None])
+
+
+def _spectrogram(wave: np.ndarray, size: int = 400, hop: int = 160) -> np.ndarray:
+    """Log power `(frequency, time)` of a waveform."""
+    padded = np.pad(wave, (0, max(0, size - len(wave))))
+    starts = np.arange(0, len(padded) - size + 1, hop)
+    frames = padded[starts[:, None] + np.arange(size)] * np.hanning(size)
+    power = np.abs(np.fft.rfft(frames, axis=1)) ** 2
+    return np.log(power + 1e-6 * max(float(power.max()), 1e-12)).T[: size // 2]
+
+
+def _read_audio(path: Path) -> tuple[np.ndarray, int]:
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist" if not path.is_dir() else f"{path} is a folder, and one recording is needed"
+        )
+    try:
+        soundfile: Any = importlib.import_module("soundfile")
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            "soundfile is not installed, and reads audio; install it with: pip install soundfile"
+        ) from error
+    try:
+        wave, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    except Exception as error:
+        raise InputError(f"{path} is no audio that can be read: {str(error) or type(error).__name__}") from error
+    if not len(wave):
+        raise InputError(f"{path} is empty")
+    if not np.isfinite(wave).all():
+        raise InputError(f"{path} holds values that are not finite")
+    return wave.mean(axis=1), int(rate)
+
+
+def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    """A waveform at another sampling rate, by its spectrum: nothing above half of the lower rate is left."""
+    if rate == wanted:
+        return wave
+    count = max(1, math.ceil(len(wave) * wanted / rate))
+    spectrum = np.fft.rfft(wave)
+    return (np.fft.irfft(spectrum[: count // 2 + 1], count) * (count / len(wave))).astype(np.float32)
