@@ -160,6 +160,33 @@ def test_every_kind_of_method(spec: str) -> None:
         assert (layer.origin < 0).sum() == 24 - 7
 
 
+class Projected(nn.Module):
+    """Patches and a class token, which is cut off before a projector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Patches()
+        self.token = nn.Parameter(torch.randn(1, 1, 32))
+        self.projector = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner.embed(x).flatten(2).transpose(1, 2)
+        x = self.inner.blocks(torch.cat([self.token, x], 1))
+        return self.projector(x[:, 1:])  # type: ignore[no-any-return]
+
+
+def test_a_token_that_is_cut_off_shifts_the_others() -> None:
+    program = capture(Projected(), patches()[1])
+    first, last = decisions(
+        compress(program, "topk@encoder.block[0]:keep=12", "topk@projector.in:keep=5"), program.inputs
+    )
+    assert first.kept is not None and last.kept is not None and last.heads is not None
+    assert (first.tokens_in, first.tokens_out, last.tokens_in, last.tokens_out) == (25, 13, 12, 5)
+    # Place 0 of the projector is what was place 1 behind the class token.
+    assert last.heads.tolist() == [int(first.kept[1 + place]) for place in last.kept]
+    assert last.origin[0] == -1 and [int(last.origin[head]) for head in last.heads] == list(range(5))
+
+
 def test_files_and_document(cli: Cli, tmp_path: Path) -> None:
     out = tmp_path / "new" / "explained"
     said = cli("explain", "demo:digits", "--compress", "tome:keep=0.5", "--sample", 3, "-o", out, "--json")

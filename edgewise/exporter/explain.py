@@ -200,7 +200,7 @@ class Asked:
 def explain(
     model: str, out: str | os.PathLike[str], asked: Asked, compression: Sequence[str] = (), progress: Any = None
 ) -> Explanation:
-    """Draw what compression does to one input, in the folder `out`: a PNG for each site, `overview.png`, `explain.json`.
+    """Draw what compression does to one input into the folder `out`: each site, `overview.png`, and `explain.json`.
 
     `model` is what MODEL may be on the command line, or the folder of a bundle, whose recipe then says what to
     compress. `out` may be absent, empty, or a folder that this wrote before, which is replaced. Raises InputError,
@@ -455,7 +455,8 @@ def _across(media: Media, count: int) -> tuple[int, int]:
 def _caption(number: int, layer: Layer, several: Sequence[Group], gone: int) -> str:
     done = [f"{len(several)} groups"] if several else []
     done += [f"{gone} dropped"] if gone else []
-    apart = f", {layer.protected} of them protected" if layer.protected else ""
+    protected = int((layer.origin[: layer.protected] >= 0).sum())
+    apart = f", {protected} of them protected" if protected else ""
     return (
         f"{number}. {layer.site} {layer.method}: {layer.tokens_in} -> {layer.tokens_out} tokens{apart}; so far of "
         f"{len(layer.origin)}: {', '.join(done) or 'all kept'}"
