@@ -36,9 +36,9 @@ SPECS = {
     ],
     VIDEO: [
         *("evs@encoder.out:keep=0.5", "dycoke@encoder.out", "vidcom2@encoder.out:keep=0.25", "tome16@encoder.out"),
-        *("framefusion@encoder.out", "tempme@encoder.block[5]", "pool3d@encoder.out", "slowfast@encoder.out"),
-        *("frame-pool@encoder.out", "frame-topk@encoder.block[5]:keep=0.5", "frame-visionzip@encoder.block[5]:keep=432"),
-        "hired@encoder.block[5]:keep=0.5",
+        *("framefusion@encoder.out:ratio=0.5", "tempme@encoder.block[2]", "pool3d@encoder.out", "slowfast@encoder.out"),
+        *("frame-pool@encoder.out", "frame-topk@encoder.block[2]:keep=0.5", "frame-visionzip@encoder.block[2]:keep=432"),
+        "hired@encoder.block[2]:keep=0.5",
     ],
     AUDIO: [
         *("adjacent:keep=0.5", "segment-topk@encoder.out:keep=0.25", "stack@encoder.out", "avgpool1d@encoder.out"),
