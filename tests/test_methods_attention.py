@@ -192,7 +192,9 @@ def np_vispruner(x: Array, score: Array, keep: int, important: float) -> list[in
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("protected", [0, 1, 2])
-@pytest.mark.parametrize(("count", "keep", "important"), [(64, 16, 0.5), (64, 21, 0.3), (37, 9, 0.5), (20, 1, 0.5), (9, 9, 0.0)])
+@pytest.mark.parametrize(
+    ("count", "keep", "important"), [(64, 16, 0.5), (64, 21, 0.3), (37, 9, 0.5), (20, 1, 0.5), (9, 9, 0.0), (112, 100, 0.29)]
+)
 def test_vispruner(count: int, keep: int, important: float, protected: int, kind: str) -> None:
     attention, x = draw_attention(kind, 3, protected + count, 3), draw(kind, 3, protected + count, 6, 1)
     for part in (important, 1.0):

@@ -47,7 +47,8 @@ def prefix(t: Tokens) -> list[Tensor]:
     mechanism="attention", modalities=("image", "video", "audio"), sites=("block", "out", "projector"), needs=("attention",),
     pads=True, aliases=("fastervlm",),
     paper="FasterVLM, arXiv 2412.01818; top-K for AST and AudioMAE, arXiv 2504.01690",
-    limits="Kept tokens stay in order, as in FasterVLM; the published code for AST and AudioMAE has them by score.",
+    limits="Kept tokens stay in order, as in FasterVLM; the published code for AST and AudioMAE has them by score. A fraction is "
+           "rounded down, and there up.",
     parameters=(KEEP, SCORE),
 )
 def _topk(t: Tokens, keep: int, score: str = "auto", **_: Any) -> Reduced:
@@ -91,7 +92,8 @@ def _segment_topk(t: Tokens, keep: int, segments: int = 10, score: str = "auto",
     paper="HiRED (AAAI 2025), arXiv 2408.10945",
     limits="frames = tiles, the first of which is the whole image. Tiles share equally what the whole image leaves, instead of by "
            "what the first block's attention finds in each (a count that depends on the data), and what equal shares leave over "
-           "goes to the best of all tiles, so that the count is exact. The attention is that of the site's block.",
+           "goes to the best of all tiles, so that the count is exact. The attention is that of the site's block. The tiles' "
+           "tokens must lie one after the other in one sequence: where tiles are a batch there is nothing to share.",
     parameters=(
         KEEP,
         Parameter("alpha", 0.5, "share of the tokens kept that goes to the whole image: min(int(alpha K), N)", least=0, most=1),
@@ -102,7 +104,7 @@ def _hired(t: Tokens, keep: int, alpha: float = 0.5, score: str = "auto", **_: A
     assert t.frames is not None
     attention, length = importance(t, score), t.free // t.frames
     # The tiles hold a limited number as well: what does not fit into them goes back to the whole image.
-    whole = max(min(int(alpha * keep + 1e-9), length), keep - (t.frames - 1) * length)
+    whole = max(min(int(keep * alpha), length), keep - (t.frames - 1) * length)
     start, kept = t.protected + length, prefix(t)
     if whole:
         kept.append(top_tokens(attention[:, t.protected:start], whole, 0) + t.protected)
@@ -124,7 +126,7 @@ def _hired(t: Tokens, keep: int, alpha: float = 0.5, score: str = "auto", **_: A
     ),
 )
 def _vispruner(t: Tokens, keep: int, important: float = 0.5, score: str = "auto", **_: Any) -> Reduced:
-    chosen = int(important * keep + 1e-9)
+    chosen = int(keep * important)
     by_attention = order_tokens(importance(t, score)[:, t.protected:], t.free)
     best, others = by_attention[:, :chosen], by_attention[:, chosen:]
     if keep == chosen:
