@@ -36,6 +36,7 @@ class MissingExtra(InputError):
 # Which extra installs a module that may be absent.
 _EXTRAS = {
     "PIL": "export",
+    "matplotlib": "report",
     "onnx": "export",
     "onnxscript": "export",
     "torch": "export",
