@@ -120,7 +120,7 @@ def _hired(t: Tokens, keep: int, alpha: float = 0.5, score: str = "auto", **_: A
     limits="The others, by falling attention, are matched again and again, even places against odd ones, and at most 8 of the even "
            "ones go each time: a small matching for every 8 tokens that go. An odd number of others is no error here. Each round "
            "pairs by the order that the last one left, so a rounding error in it can change much of what is kept after many "
-           "rounds: where many tokens go, a target's choice may differ from the reference's, as that of fp32 does from that of fp64.",
+           "rounds: where many tokens go, a target's choice may differ from the reference's, as fp32 does from fp64.",
     parameters=(
         KEEP,
         Parameter("important", 0.5, "share of the kept tokens that is chosen by attention: int(important K)", least=0, most=1),
