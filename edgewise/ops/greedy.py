@@ -66,6 +66,8 @@ def _(kernel: Tensor, keep: int) -> Tensor:
     return torch.empty(kernel.shape[0], keep, dtype=torch.int64, device=kernel.device)
 
 
+MOST = 1e38
+"""Far above any distance or weight, and still a number in fp32."""
 TOLERANCE = 32
 """In units of the type's precision: what rounding leaves of an item that adds nothing to the determinant."""
 
@@ -81,11 +83,11 @@ def check_count(matrix: Tensor, keep: int) -> None:
         raise ValueError(f"keep={keep} is out of range: 1 to {matrix.shape[1]}")
 
 
-def without_nan(matrix: Tensor) -> Tensor:
-    """In at least fp32, with zeros for NaN."""
+def finite(matrix: Tensor) -> Tensor:
+    """In at least fp32, with zeros for NaN and +-`MOST` for what is beyond: minus infinity marks what is picked."""
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     matrix = matrix if matrix.dtype == dtype else matrix.to(dtype)
-    return torch.where(matrix.isnan(), 0.0, matrix)
+    return torch.where(matrix.isnan(), 0.0, matrix).clamp(-MOST, MOST)
 
 
 def first_largest(score: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +110,7 @@ def nearest_other(distance: Tensor) -> Tensor:
 
 def farthest(distance: Tensor, keep: int, rows: Rows, watch: Watch = lambda _: None) -> Tensor:
     check_count(distance, keep)
-    distance, place = without_nan(distance), places(distance)
+    distance, place = finite(distance), places(distance)
     score, least, picks = nearest_other(distance), None, []
     for turn in range(keep):
         watch(score)
@@ -143,7 +145,7 @@ def remaining(gain: Tensor, row: Tensor, here: Tensor, floor: Tensor) -> Tensor:
 
 def most_determinant(kernel: Tensor, keep: int, rows: Rows, watch: Watch = lambda _: None) -> Tensor:
     check_count(kernel, keep)
-    kernel, place = without_nan(kernel), places(kernel)
+    kernel, place = finite(kernel), places(kernel)
     gain = diagonal(kernel)
     floor = gain.abs() * tolerance(kernel.dtype)
     factor: Tensor | None = None

@@ -66,10 +66,12 @@ def _loop_determinantal(kernel, place, count, lowest, keep, tolerance, tiny) -> 
 
 
 def _matrix(value: Any) -> tuple[Any, torch.dtype]:
-    """In at least fp32, with zeros for NaN."""
+    """As `greedy.finite`: in at least fp32, with zeros for NaN, and no infinity."""
     double = str(value.dtype) == "DOUBLE"
     value = op.Cast(value, to=11 if double else 1)
-    return op.Where(op.IsNaN(value), op.CastLike(0.0, value), value), torch.float64 if double else torch.float32
+    value = op.Where(op.IsNaN(value), op.CastLike(0.0, value), value)
+    least, most = (op.CastLike(op.Constant(value_float=bound), value) for bound in (-greedy.MOST, greedy.MOST))
+    return op.Clip(value, least, most), torch.float64 if double else torch.float32
 
 
 def _constants(value: Any, count: int) -> tuple[Any, Any, Any]:

@@ -14,7 +14,7 @@ import torch
 from openvino import opset13 as op
 from openvino.frontend.pytorch import ConversionExtension
 
-from edgewise.ops.greedy import tolerance
+from edgewise.ops.greedy import MOST, tolerance
 
 
 def extensions() -> list[Any]:
@@ -75,13 +75,14 @@ class _Numbers:
 
 
 class _Matrix:
-    """The matrix `(B, N, N)` in at least fp32, with zeros for NaN, and where its diagonal is."""
+    """The matrix `(B, N, N)` as `greedy.finite` has it, and where its diagonal is."""
 
     def __init__(self, value: Any) -> None:
         number = _Numbers(value)
         self.batch, _, self.count = (int(size) for size in value.get_shape())
         value = op.convert(value, number.name)
-        self.value = op.select(op.is_nan(value), number(0), value)
+        value = op.select(op.is_nan(value), number(0), value)
+        self.value = op.minimum(op.maximum(value, number(-MOST)), number(MOST))
         place = np.arange(self.count, dtype=np.int32)
         self.diagonal = op.equal(op.constant(place[None, :, None]), op.constant(place[None, None]))
 
