@@ -209,7 +209,7 @@ def test_conv1d(kernel: int, stride: int, padding: int, wide: int, tmp_path: Pat
     if wide >= 4:
         behind = apply("conv1d", torch.cat([x[:, :1], x], 1), protected=1, **known)
         torch.testing.assert_close(behind.tokens[:, 1:], out.tokens)
-    for bad, message in [({"kernel": kernel + 1}, "is needed"), ({"weights": "nowhere.safetensors"}, "cannot be read")]:
+    for bad, message in [({"kernel": kernel + 1}, "is needed"), ({"weights": "nowhere.safetensors"}, "there is no file")]:
         with pytest.raises(ValueError, match=message):
             apply("conv1d", x, **{**known, **bad})
     with pytest.raises(ValueError, match="weights=FILE"):
