@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgewise.ops.catalogue.similarity import text_cosines, unit
+from edgewise.ops.catalogue.similarity import text_cosines
 from edgewise.ops.greedy import determinantal, farthest_points
 from edgewise.ops.methods import KEEP, Parameter, Reduced, Tokens, drop, method
+from edgewise.ops.score import unit
 from edgewise.ops.select import top_tokens
 
 LAST = 1e30

@@ -10,7 +10,7 @@ from edgewise.ops.match import bipartite_match, represent
 from edgewise.ops.methods import KEEP, Parameter, Reduced, Tokens, assign, drop, method
 from edgewise.ops.order import order_tokens
 from edgewise.ops.reduce import divisor, merge_real, take
-from edgewise.ops.score import hide_padding
+from edgewise.ops.score import hide_padding, unit
 from edgewise.ops.select import top_tokens
 
 R = Parameter("r", None, "tokens merged away at every block, or a list [r0,r1,...] with one number for each block")
@@ -176,9 +176,3 @@ def text_cosines(t: Tokens) -> Tensor:
         raise ValueError(f"the text is {tuple(t.text.shape)}, and must be (T, {compared.shape[2]}) to be compared with the tokens")
     pictured = unit(compared)
     return pictured @ unit(t.text).to(pictured.dtype).t()
-
-
-def unit(x: Tensor) -> Tensor:
-    """Vectors of length one, in at least fp32; zero stays zero."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
