@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A run is the same every time; `HYPOTHESIS_PROFILE=search pytest` looks for inputs that no run has tried.
+settings.register_profile("fixed", derandomize=True, database=None)
+settings.register_profile("search", max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 COMPRESS = "tome:keep=0.5"
 TARGETS = ("openvino", "onnxruntime")

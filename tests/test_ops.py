@@ -165,6 +165,14 @@ def test_no_padding_is_as_if_none_was_given(dtype: torch.dtype) -> None:
                 assert torch.equal(getattr(plain, name), getattr(padded, name)), name
 
 
+@pytest.mark.parametrize("name", ["tome", "tofu"])
+def test_padding_whose_place_a_real_token_takes_goes_with_it(name: str) -> None:
+    x = torch.randn(1, 4, 3).double()
+    out = apply(name, x, r=1, keys=x, protected=2, length=torch.tensor([3]))
+    assert out.kept.tolist() == [[0, 1, 2]] and out.assignment.tolist() == [[0, 1, 2, 2]]
+    assert torch.equal(out.tokens, x[:, :3])
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     count=st.integers(2, 24),

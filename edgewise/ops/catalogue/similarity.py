@@ -30,10 +30,10 @@ PROP_ATTN = Parameter("prop_attn", True, "add log(size) to later attention logit
 def _tome(t: Tokens, keep: int, **_: Any) -> Reduced:
     assert t.keys is not None
     padding = () if t.padding is None else (t.padding,)
-    kept, src, into = bipartite_match(t.keys, t.free - keep, t.protected, *padding)
-    tokens, size = merge_real(t.tokens, t.size, kept, src, into, t.padding)
-    kept = represent(kept, src, into, t.padding)
-    return Reduced(tokens, size, kept, lambda: assign(t.count, kept, src, into))
+    matched, src, into = bipartite_match(t.keys, t.free - keep, t.protected, *padding)
+    tokens, size = merge_real(t.tokens, t.size, matched, src, into, t.padding)
+    kept = represent(matched, src, into, t.padding)
+    return Reduced(tokens, size, kept, lambda: assign(t.count, matched, src, into))
 
 
 @method(
@@ -66,7 +66,7 @@ def _tofu(t: Tokens, keep: int, switch: float = 0.5, mode: str = "auto", **_: An
     else:
         tokens, size = merge_real(t.tokens, t.size, matched, src, into, t.padding)
         tokens = _largest_norm(t, tokens, matched, src, into)
-    return Reduced(tokens, size, kept, lambda: assign(t.count, kept, src, into))
+    return Reduced(tokens, size, kept, lambda: assign(t.count, matched, src, into))
 
 
 def _largest_norm(t: Tokens, merged: Tensor, kept: Tensor, src: Tensor, into: Tensor) -> Tensor:
