@@ -321,7 +321,7 @@ def test_openvino_reads_most_programs_without_decomposing_them(
 
 
 def test_onnx_exports_most_programs_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgewise.targets.onnxruntime import export
+    from edgewise.targets.onnx import export
 
     def never(exported: object) -> None:
         raise AssertionError("decomposed")
@@ -332,7 +332,7 @@ def test_onnx_exports_most_programs_as_they_are(tmp_path: Path, monkeypatch: pyt
 
 
 def test_large_onnx_weights_go_to_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgewise.targets.onnxruntime import lower
+    from edgewise.targets.onnx import lower
 
     monkeypatch.setattr(lower, "EXTERNAL_ABOVE", 10_000)
     one = program("block")

@@ -19,19 +19,20 @@ from onnxscript import opset20, optimizer
 from torch.export import ExportedProgram
 
 from edgewise.errors import InputError
-from edgewise.targets.onnxruntime import loops
+from edgewise.targets.onnx import loops
 from edgewise.targets.program import quiet
 from edgewise.targets.rewrite import decompose, simplify
 
-# 20 is the first opset with Gelu as one op. What later opsets add is not read by all runtimes of the last
-# years.
+# 20 is the first opset with Gelu as one op, and the last that TensorRT before 10.9 reads (JetPack 6). What later opsets add is
+# not read by all runtimes of the last years.
 OPSET = 20
 
 
-def to_onnx(exported: ExportedProgram) -> onnx_ir.Model:
-    """The ONNX model of a program, with its weights as initialisers and no notes about its source.
+def to_onnx(exported: ExportedProgram, target: str) -> onnx_ir.Model:
+    """The ONNX model of a program, with its weights as initialisers.
 
-    The program must not write in place. Raises `InputError` if an op has no rule.
+    Its nodes still hold torch's notes about where they come from; `drop_notes` takes them out. The program must not write in
+    place. Raises `InputError`, which names the target, if an op has no rule.
     """
     with quiet():
         model = None
@@ -44,7 +45,7 @@ def to_onnx(exported: ExportedProgram) -> onnx_ir.Model:
                 failure = error
         if model is None:
             reason = _reason(failure)
-            raise InputError(f"target onnxruntime cannot lower this program: {reason}") from failure
+            raise InputError(f"target {target} cannot lower this program: {reason}") from failure
         _clean(model)
     return model
 
@@ -108,7 +109,7 @@ def _export(exported: ExportedProgram) -> onnx_ir.Model:
 
 
 def _clean(model: onnx_ir.Model) -> None:
-    """Fold constants, drop what nobody uses, and drop notes, which hold source paths of this machine."""
+    """Fold constants, and drop what nobody uses."""
     common.InlinePass()(model)
     optimizer.fold_constants(model)
     for step in (
@@ -121,14 +122,18 @@ def _clean(model: onnx_ir.Model) -> None:
         common.CommonSubexpressionEliminationPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
-        common.ClearMetadataAndDocStringPass(),
     ):
         step(model)
+    model.graph.name = "edgewise"
+    model.producer_name, model.producer_version = "edgewise", None
+
+
+def drop_notes(model: onnx_ir.Model) -> None:
+    """Drop what the exporter noted about the source: it holds paths of this machine."""
+    common.ClearMetadataAndDocStringPass()(model)
     model.graph.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
-    model.graph.name = "edgewise"
-    model.producer_name, model.producer_version = "edgewise", None
 
 
 def _sort_stable(
