@@ -1,0 +1,53 @@
+"""Write a Core ML package: a folder with a manifest, the model and its weights. The same model gives the same bytes.
+
+coremltools names the parts of a package by random identifiers, and writes the date into the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgewise.targets.coreml.ports import METADATA_KEY, Port, dump
+
+_DATA = "com.apple.CoreML"
+_MODEL = "model.mlmodel"
+_WEIGHTS = "weights"
+
+
+def write_package(model: Any, inputs: Sequence[Port], outputs: Sequence[Port], package: Path) -> list[Path]:
+    """Write coremltools' model to the folder `package`; gives its files, the manifest first."""
+    spec = model.get_spec()
+    metadata = spec.description.metadata.userDefined
+    for key in list(metadata):
+        if key.startswith("com.github.apple.coremltools"):
+            del metadata[key]
+    metadata[METADATA_KEY] = dump(inputs, outputs)
+    data = package / "Data" / _DATA
+    data.mkdir(parents=True, exist_ok=True)
+    (data / _MODEL).write_bytes(spec.SerializeToString(deterministic=True))
+    entries = {_identifier(_MODEL): _entry(_MODEL, "CoreML Model Specification")}
+    files = [data / _MODEL]
+    for path in sorted(Path(model.weights_dir).iterdir()) if model.weights_dir else []:
+        target = data / _WEIGHTS / path.name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+        files.append(target)
+    if len(files) > 1:
+        entries[_identifier(_WEIGHTS)] = _entry(_WEIGHTS, "CoreML Model Weights")
+    manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": _identifier(_MODEL)}
+    (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n", "utf-8")
+    return [package / "Manifest.json", *files]
+
+
+def _entry(name: str, description: str) -> dict[str, str]:
+    return {"author": _DATA, "description": description, "name": name, "path": f"{_DATA}/{name}"}
+
+
+def _identifier(name: str) -> str:
+    """An identifier in the form that Core ML has, which is random there."""
+    return str(uuid.UUID(bytes=hashlib.sha256(f"edgewise {name}".encode()).digest()[:16], version=4)).upper()
