@@ -1,0 +1,41 @@
+"""The ops, one family a module. Importing this fills the table `OPS`."""
+
+from edgewise.targets.coreml.interpreter.ops import (
+    activation,
+    binary,
+    constexpr,
+    control,
+    conv,
+    create,
+    gather,
+    linear,
+    norm,
+    pool,
+    quantize,
+    reduction,
+    scatter,
+    shape,
+    sort,
+    state,
+    unary,
+)
+
+__all__ = [
+    "activation",
+    "binary",
+    "constexpr",
+    "control",
+    "conv",
+    "create",
+    "gather",
+    "linear",
+    "norm",
+    "pool",
+    "quantize",
+    "reduction",
+    "scatter",
+    "shape",
+    "sort",
+    "state",
+    "unary",
+]
