@@ -378,7 +378,7 @@ def _lower_all(
             target=target.name,
             role=program.role,
             precision=job.recipe.precision,
-            files=tuple(f"{target.name}/{path.name}" for path in files),
+            files=tuple(path.relative_to(folder).as_posix() for path in files),
             versions=target.versions(),
             warnings=tuple(target.check()),
         )
