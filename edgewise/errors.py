@@ -36,6 +36,8 @@ class MissingExtra(InputError):
 # Which extra installs a module that may be absent.
 _EXTRAS = {
     "PIL": "export",
+    "coremltools": "coreml",
+    "google": "coreml",
     "matplotlib": "report",
     "onnx": "export",
     "onnxscript": "export",

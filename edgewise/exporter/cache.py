@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from edgewise.bundle.manifest import path_fault
 from edgewise.bundle.reader import digest
+from edgewise.errors import InputError
 
 INDEX = "digests.json"
 
@@ -29,42 +31,42 @@ class Cache:
         self.root = root or default_root()
 
     def fetch(self, key: str, folder: Path, make: Callable[[Path], list[Path]]) -> tuple[list[Path], bool]:
-        """The files of an artifact in `folder`, copied from the cache, or made there by `make` and remembered.
+        """The files of an artifact in `folder` or below it, copied from the cache, or made there by `make` and remembered.
 
         Gives the files, and whether they came from the cache. A damaged entry is made anew.
         """
-        names = self._copy(self.root / key, folder)
+        names = self._fetched(self.root / key, folder)
         if names is not None:
             return [folder / name for name in names], True
         made = make(folder)
-        self._remember(key, made)
+        self._remember(key, folder, made)
         return made, False
 
-    def _copy(self, entry: Path, folder: Path) -> list[str] | None:
+    def _fetched(self, entry: Path, folder: Path) -> list[str] | None:
         index = entry / INDEX
         if not index.is_file():
             return None
         try:
             digests = json.loads(index.read_text("utf-8"))
             names = list(digests)
-            if any(Path(n).name != n or digest(entry / n) != digests[n] for n in names):
+            if any(path_fault(n) or digest(entry / n) != digests[n] for n in names):
                 return None
-        except (ValueError, OSError, TypeError, AttributeError):
+        except (InputError, ValueError, OSError, TypeError, AttributeError):
             return None
-        folder.mkdir(parents=True, exist_ok=True)
         for name in names:
-            shutil.copyfile(entry / name, folder / name)
+            _copy(entry / name, folder / name)
         return names
 
-    def _remember(self, key: str, made: list[Path]) -> None:
+    def _remember(self, key: str, folder: Path, made: list[Path]) -> None:
         """Publish an entry by one rename. Having no room or no permission for a cache is no reason to fail."""
         temporary = None
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=self.root))
-            for path in made:
-                shutil.copyfile(path, temporary / path.name)
-            (temporary / INDEX).write_text(json.dumps({p.name: digest(p) for p in made}), "utf-8")
+            names = [path.relative_to(folder).as_posix() for path in made]
+            for name in names:
+                _copy(folder / name, temporary / name)
+            (temporary / INDEX).write_text(json.dumps({name: digest(folder / name) for name in names}), "utf-8")
             if (self.root / key).exists():
                 shutil.rmtree(self.root / key)
             os.replace(temporary, self.root / key)
@@ -74,3 +76,8 @@ class Cache:
         finally:
             if temporary is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

@@ -10,9 +10,11 @@ import importlib
 
 from edgewise.errors import unknown
 from edgewise.targets.artifacts import choose, load, runnable
-from edgewise.targets.base import Requirement, Session, Target
+from edgewise.targets.base import Requirement, Session, Target, Tolerance
 
 _TARGETS = {
+    "coreml": "edgewise.targets.coreml:CoreML",
+    "coreml-topk": "edgewise.targets.coreml:CoreMLTopK",
     "onnxruntime": "edgewise.targets.onnxruntime:OnnxRuntime",
     "openvino": "edgewise.targets.openvino:OpenVino",
 }
@@ -32,4 +34,4 @@ def get(name: str) -> Target:
     return target
 
 
-__all__ = ["Requirement", "Session", "Target", "choose", "get", "load", "names", "runnable"]
+__all__ = ["Requirement", "Session", "Target", "Tolerance", "choose", "get", "load", "names", "runnable"]

@@ -56,6 +56,18 @@ class Requirement:
         return None
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """How far the outputs of a right artifact may be from those of its program.
+
+    `relative`: the largest relative error (see `edgewise.verify.metrics`). `near_tie`: how close two scores may be before
+    rounding errors alone decide which of two tokens is kept.
+    """
+
+    relative: float = 1e-4
+    near_tie: float = 1e-5
+
+
 def release(version: str) -> tuple[int, ...]:
     """The numbers of a version before any suffix, without trailing zeros: `1.31.0rc1+cpu` is (1, 31)."""
     match = re.match(r"\d+(\.\d+)*", version)
@@ -158,6 +170,10 @@ class Target(ABC):
         """Raise `InputError` with the nearest name if the target has no such precision."""
         if precision not in self.precisions:
             raise unknown(f"precision of target {self.name}", precision, self.precisions)
+
+    def tolerance(self, precision: str) -> Tolerance:
+        """What artifacts of this precision are held to. Here: of single-precision arithmetic, whatever the storage."""
+        return Tolerance()
 
     @abstractmethod
     def lower(

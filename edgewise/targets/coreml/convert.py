@@ -19,7 +19,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from edgewise.errors import InputError
-from edgewise.passes.graph import describe, parameters_of
+from edgewise.passes.graph import MADE_BY, describe, parameters_of, shape_of
+from edgewise.targets.coreml.legal import MADE_HERE
 from edgewise.targets.coreml.ports import Port
 
 NAME = "coreml"
@@ -67,6 +68,9 @@ def to_mil(exported: ExportedProgram, inputs: Sequence[Port], outputs: Sequence[
         if node.op == "call_function" and not reads(node):
             raise InputError(f"target {NAME} cannot lower this program: it has no rule for {describe(node)}")
     _check_constants(exported)
+    wide = _wide(exported)
+    for node in exported.graph.nodes:
+        node.meta["debug_handle"] = _WIDE if node in wide else None
     _reset_conversion_state()  # a conversion that failed leaves counters behind, which names are made of
     kinds = [coremltools.TensorType(p.feature, p.stored_shape, np.dtype(p.stored).type) for p in inputs]
     converter = TorchConverter(exported, kinds, opset_version=getattr(coremltools.target, deployment))
@@ -125,12 +129,39 @@ def to_model(program: Any, deployment: str, half: bool) -> Any:
             program,
             source="milinternal",
             convert_to="mlprogram",
-            compute_precision=coremltools.precision.FLOAT16 if half else coremltools.precision.FLOAT32,
+            compute_precision=coremltools.transform.FP16ComputePrecision(_may_be_half)
+            if half
+            else coremltools.precision.FLOAT32,
             minimum_deployment_target=getattr(coremltools.target, deployment),
             skip_model_load=True,
         )
     except ValueError as error:  # a tensor of more than five dimensions
         raise InputError(f"target {NAME} cannot lower this program: coremltools says: {_first_line(error)}") from error
+
+
+_WIDE = 1
+"""Marks the ops that stay in single precision."""
+_COUNTED_BY_HALF = 2048
+"""Half precision holds all whole numbers up to this, and not those beyond."""
+
+
+def _wide(exported: ExportedProgram) -> set[Node]:
+    """Nodes of compression ops, which compute with the numbers of tokens, where there are more than halves can tell apart."""
+    found: set[Node] = set()
+    for node in exported.graph.nodes:
+        if node.meta.get(MADE_BY, MADE_HERE) == MADE_HERE:
+            continue
+        operands = node.all_input_nodes
+        many = any(size > _COUNTED_BY_HALF for one in (node, *operands) for size in shape_of(one))
+        if many or any(one in found for one in operands):
+            found.add(node)
+    return found
+
+
+def _may_be_half(op: Any) -> bool:
+    from coremltools.converters.mil.mil.scope import ScopeSource
+
+    return _WIDE not in op.scopes.get(ScopeSource.EXIR_DEBUG_HANDLE, ())
 
 
 class _Asked(dict[str, Any]):

@@ -30,11 +30,11 @@ MOST_PARTS = 4
 """How often what an op was rewritten into is itself looked at."""
 
 
-def legal(exported: ExportedProgram, reads: Callable[[Node], bool]) -> ExportedProgram:
+def legal(exported: ExportedProgram, reads: Callable[[Node], bool], half: bool = False) -> ExportedProgram:
     """A copy of the program, which shares its weights, in ops that coremltools reads. It must not write in place.
 
     `reads` says whether the frontend has a rule for a node's op. Ops without a rule are taken apart as torch does it;
-    those that torch cannot take apart stay.
+    those that torch cannot take apart stay. `half`: the arithmetic will be in half precision.
     """
     editor = Editor(CleanUp()(exported).program)
     for _ in range(MOST_PARTS):
@@ -50,7 +50,7 @@ def legal(exported: ExportedProgram, reads: Callable[[Node], bool]) -> ExportedP
         for node in unread:
             _decompose(editor, node)
     _positional(editor)
-    return _in_their_dialect(editor.finish())
+    return _in_their_dialect(editor.finish(), half)
 
 
 Made = Callable[..., Any] | None
@@ -111,19 +111,41 @@ def _positional(editor: Editor) -> None:
         node.kwargs = kwargs
 
 
-def _in_their_dialect(exported: ExportedProgram) -> ExportedProgram:
+def _in_their_dialect(exported: ExportedProgram, half: bool) -> ExportedProgram:
     """The same program under the name of the dialect without ops for training, which is what coremltools asks for."""
+    state, constants = dict(exported.state_dict), dict(exported.constants)
+    if half:
+        for node in exported.graph.nodes:
+            node.args = torch.fx.node.map_aggregate(node.args, _within_half)  # type: ignore[assignment]
+        state = {name: _within_half(value) for name, value in state.items()}
+        constants = {name: _within_half(value) for name, value in constants.items()}
     return ExportedProgram(
         root=exported.graph_module,
         graph=exported.graph,
         graph_signature=exported.graph_signature,
-        state_dict=exported.state_dict,
+        state_dict=state,
         range_constraints=exported.range_constraints,
         module_call_graph=exported.module_call_graph,
         example_inputs=exported.example_inputs,
-        constants=exported.constants,
+        constants=constants,
         verifiers=[Verifier],
     )
+
+
+_AS_INFINITE = 1e38
+"""coremltools makes half-precision infinities of finite numbers beyond this, and zero times infinity is not a number."""
+_MOST_HALF = 65504.0
+
+
+def _within_half(value: Any) -> Any:
+    """A number or a tensor, its largest finite numbers (which mask something, or bound a range) as large as halves can be."""
+    if isinstance(value, float) and _AS_INFINITE <= abs(value) < math.inf:
+        return math.copysign(_MOST_HALF, value)
+    if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+        large = (value.abs() >= _AS_INFINITE) & value.isfinite()
+        if bool(large.any()):
+            return torch.where(large, value.sign() * _MOST_HALF, value).detach()
+    return value
 
 
 # The rewritings. Each takes an op's arguments, nodes for tensors and defaults filled in, and gives what computes the same.

@@ -32,7 +32,7 @@ def lower(
 
     half = precision != "fp32"
     with quiet():
-        program = legal(prepare(exported, "coreml", input_names, output_names), reads)
+        program = legal(prepare(exported, "coreml", input_names, output_names), reads, half)
         inputs, outputs = ports(program, input_names, output_names, half=half)
         model = to_model(to_mil(program, inputs, outputs, DEPLOYMENT), DEPLOYMENT, half)
     return write_package(model, inputs, outputs, Path(folder) / f"{stem}.mlpackage")
