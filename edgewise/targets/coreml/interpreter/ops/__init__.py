@@ -3,6 +3,7 @@
 from edgewise.targets.coreml.interpreter.ops import (
     activation,
     binary,
+    classify,
     constexpr,
     control,
     conv,
@@ -13,6 +14,7 @@ from edgewise.targets.coreml.interpreter.ops import (
     pool,
     quantize,
     reduction,
+    resize,
     scatter,
     shape,
     sort,
@@ -23,6 +25,7 @@ from edgewise.targets.coreml.interpreter.ops import (
 __all__ = [
     "activation",
     "binary",
+    "classify",
     "constexpr",
     "control",
     "conv",
@@ -33,6 +36,7 @@ __all__ = [
     "pool",
     "quantize",
     "reduction",
+    "resize",
     "scatter",
     "shape",
     "sort",
