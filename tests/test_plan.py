@@ -78,7 +78,7 @@ def test_grammar_errors(text: str, message: str) -> None:
         ("topk@encoder.block[9]:keep=2", "unknown site"),
         ("topk@encoder.block[x]:keep=2", "unknown site"),
         ("topk@encoder.block[,]:keep=2", "names no block"),
-        ("pool@encoder.block[1]:stride=2", "no meaning at"),
+        ("merge-grid@encoder.block[1]:side=2", "no meaning at"),
     ],
 )
 def test_errors_name_the_range(program: Program, text: str, message: str) -> None:

@@ -292,7 +292,7 @@ def _applicable(stream: Stream, methods: Sequence[str]) -> tuple[list[Spec], lis
                 reason = f"it is for {' and '.join(entry.modalities)}, and the stream is of {' and '.join(sorted(kinds))}"
             seen.setdefault(entry.reduce, entry.name)
         if reason is None and "weights" in entry.needs and "weights" not in spec.parameters:
-            reason = f"it needs trained weights: --method {entry.name}:weights=FILE"
+            reason = f"it needs trained weights: --method {entry.name}:weights=FILE, which edgewise fit makes"
         if reason is None and all(p.name != "keep" for p in entry.parameters):
             reason = "it has no keep: its count follows from its other parameters"
         if reason is None:
@@ -348,9 +348,10 @@ class _Plain(Runner):
 
 
 class Feeds:
-    """Samples spread evenly over the data, in batches of the program's static shape. Raises InputError if they do not fit."""
+    """Samples spread evenly over the data, in batches of the program's static shape: in the order of the data, or in a random one
+    that a seed gives. Raises InputError if they do not fit."""
 
-    def __init__(self, program: Program, data: Data, samples: int) -> None:
+    def __init__(self, program: Program, data: Data, samples: int, seed: int | None = None) -> None:
         sizes = {}
         for name, value in program.inputs.items():
             if name not in data.inputs:
@@ -379,18 +380,20 @@ class Feeds:
         self.batch: int = batches.pop()
         # A split may be sorted by label.
         rows = np.unique(np.linspace(0, total - 1, min(samples, total)).round().astype(int))
+        if seed is not None:
+            rows = np.random.default_rng(seed).permutation(rows)
         self.count = len(rows)
         self.labels = None if data.labels is None else data.labels[rows]
-        self._arrays = {k: data.inputs[k][rows].astype(v.numpy().dtype, casting="same_kind")
-                        for k, v in program.inputs.items()}
-        for name, array in self._arrays.items():
+        self.arrays = {k: data.inputs[k][rows].astype(v.numpy().dtype, casting="same_kind")
+                       for k, v in program.inputs.items()}
+        for name, array in self.arrays.items():
             if not np.isfinite(array).all():
                 raise InputError(f"{data.name}: {name} holds NaN or infinity")
 
     def feed(self, start: int) -> dict[str, np.ndarray]:
         """The batch from sample `start` on; the last sample fills the last batch up."""
         rows = np.minimum(np.arange(start, start + self.batch), self.count - 1)
-        return {k: np.ascontiguousarray(array[rows]) for k, array in self._arrays.items()}
+        return {k: np.ascontiguousarray(array[rows]) for k, array in self.arrays.items()}
 
     def run(self, exported: ExportedProgram, program: Program) -> dict[str, np.ndarray]:
         """Outputs with one row for each sample; one whose first dimension is not the batch is left out."""

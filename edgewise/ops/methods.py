@@ -15,6 +15,7 @@ from torch import Tensor
 
 from edgewise.ops.match import max_merges
 from edgewise.ops.reduce import take
+from edgewise.ops.start import Start
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,9 @@ class Method:
     protected), and with each the parameters that give it."""
     count: Callable[[int, tuple[int, ...] | None, int | None, Mapping[str, Any]], int] | None = field(default=None, repr=False)
     """Where the parameters say how many tokens stay: `count(free, grid, frames, parameters)`. Raises ValueError."""
+    start: Callable[[Tensor, int, tuple[int, ...] | None, Mapping[str, Any]], Start] | None = field(default=None, repr=False)
+    """Where its weights can be fitted: `start(tokens, keep, grid, parameters)`, those to begin with, from unprotected tokens
+    `(samples, N, C)` of the site. Raises ValueError."""
     positions: str = "kept"
     """In a decoder: tokens keep their positions (`kept`), or are numbered anew without gaps (`dense`)."""
     scored_by: str = "last"

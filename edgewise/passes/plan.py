@@ -13,6 +13,7 @@ from edgewise.ops import METHODS, Method, Parameter
 from edgewise.ops.budget import count_to_keep, kept_count, merge_schedule, spread_removal
 from edgewise.ops.match import max_merges
 from edgewise.ops.methods import read_span
+from edgewise.ops.record import Record, read_record
 from edgewise.ops.weights import read_tensors
 from edgewise.passes.analysis import DECODER, Analysis, Place, Stream
 from edgewise.passes.graph import describe, source_line
@@ -44,6 +45,8 @@ class Step:
     text: Tensor | int | None = field(default=None, compare=False)
     weights: Mapping[str, Tensor] | None = field(default=None, compare=False)
     padded: bool = False
+    fitted: Record | None = None
+    """What the file of the weights says of itself."""
 
 
 def parse_spec(text: str) -> Spec:
@@ -287,7 +290,11 @@ def _steps(stream: Stream, entries: list[tuple[Place, Spec]], notes: list[str]) 
             source = given.get("text", "input")
             text = None if "text" not in method.needs else given.get("text_tokens", 1) if source == "input" \
                 else _one(read_tensors(source), source)
-            weights = read_tensors(given["weights"]) if "weights" in given else None
+            weights, fitted = None, None
+            if "weights" in given:
+                weights, fitted = read_tensors(given["weights"]), read_record(given["weights"])
+            if fitted is not None:
+                fitted.check(method.name, place.name, parameters)
         except ValueError as error:
             raise InputError(f"{spec.text!r} at {place.name} ({here} tokens, {place_protected(stream, place)} of them protected): "
                              f"{error}") from error
@@ -295,7 +302,7 @@ def _steps(stream: Stream, entries: list[tuple[Place, Spec]], notes: list[str]) 
         if keep < free or extra or method.widens(parameters) > 1:
             after = protected + keep + extra + tail
             steps.append(Step(place, method, here, after, tuple(sorted(parameters.items(), key=lambda kv: kv[0])), protected, keep,
-                              tail, text, weights, bool(given.get("length", False))))
+                              tail, text, weights, bool(given.get("length", False)), fitted))
             count = after + place.lost
     return steps
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from edgewise.passes.analysis import Analysis, analyse
+from edgewise.passes.analysis import Analysis, Stream, analyse
 from edgewise.passes.cleanup import clean_up
-from edgewise.passes.insert import Insert
+from edgewise.passes.insert import Insert, Tap
 from edgewise.passes.plan import Spec, Step, make_plan, parse_spec
 
 
@@ -102,16 +102,23 @@ def compress(program: Program, *specs: str) -> Program:
     parsed = (*program.specs, *(parse_spec(s) for s in specs))
     if not parsed:
         return program
-    plan, notes = make_plan(program.analysis, parsed)
+    return insert_plan(program, parsed, *make_plan(program.analysis, parsed))[0]
+
+
+def insert_plan(program: Program, specs: tuple[Spec, ...], plan: Sequence[tuple[Stream, list[Step]]],
+                notes: Sequence[str]) -> tuple[Program, list[Tap]]:
+    """Insert the steps that were planned for `specs`, from the uncompressed graph; gives back where they are, too."""
     exported, inputs = program.base, {k: v for k, v in program.inputs.items() if k not in program.added}
     added: dict[str, Tensor] = {}
+    taps: list[Tap] = []
     for stream, planned in plan:
         insert = Insert(stream, planned, program.analysis.engine)
         exported = insert(exported).program
         added |= insert.added
+        taps += insert.taps
     steps = tuple(step for _, planned in plan for step in planned)
-    compressed = replace(program, exported=exported, specs=parsed, steps=steps, notes=tuple(notes),
+    compressed = replace(program, exported=exported, specs=specs, steps=steps, notes=tuple(notes),
                          inputs=inputs | added, added=tuple(added))
     # The analysis is of the uncompressed graph, which is the same: do not make it twice.
     compressed.__dict__["analysis"] = program.analysis
-    return compressed
+    return compressed, taps

@@ -39,7 +39,7 @@ def reduced(step: Step, anchor: Anchor, stream: Stream, given: Mapping[str, Tens
     """
     x = given["x"]
     assert x is not None
-    tokens = _batch_first(x, step.place.axis)
+    tokens = batch_first(x, step.place.axis)
     last = tokens.shape[1] - step.tail
     batch, size, padding = tokens.shape[0], given.get("size"), given.get("padding")
     keys, queries = (_heads(given.get(name), batch, anchor.transposed_k and name == "keys") for name in ("keys", "queries"))
@@ -117,7 +117,7 @@ def _until(t: Any, last: int) -> Any:
     return t if t is None or t.shape[1] == last else t[:, :last]
 
 
-def _batch_first(x: Tensor, axis: int) -> Tensor:
+def batch_first(x: Tensor, axis: int) -> Tensor:
     """`x` as `(B, N, C)`."""
     if x.ndim == 2:
         return x.unsqueeze(0) if axis == 0 else x.t().unsqueeze(0)

@@ -11,6 +11,7 @@ from edgewise.ops.catalogue.transformation import pooled
 from edgewise.ops.methods import KEEP, Parameter, Reduced, Tokens, assign, drop, method
 from edgewise.ops.reduce import take
 from edgewise.ops.select import top_tokens
+from edgewise.ops.start import Start, Weight, spread
 
 Grid = tuple[int, ...]
 
@@ -105,6 +106,14 @@ def _avgpool1d(t: Tokens, keep: int, kernel: int = 2, stride: int = 2, **_: Any)
                   lambda: _window_place(t.free, cells, kernel, stride))
 
 
+def _conv1d_start(tokens: Tensor, keep: int, grid: Grid | None, parameters: Mapping[str, Any]) -> Start:
+    """The mean of each window."""
+    kernel, scale, width = int(parameters["kernel"]), spread(tokens), tokens.shape[2]
+    unit = (scale[:, None] / scale)[:, :, None] * (width * kernel) ** -0.5
+    return {"weight": Weight(torch.eye(width)[:, :, None].repeat(1, 1, kernel) / kernel, unit),
+            "bias": Weight(torch.zeros(width), scale)}
+
+
 @method(
     name="conv1d", summary="A strided convolution in time, with weights from a file.", mechanism="transformation",
     modalities=("audio",), sites=("out", "projector"), needs=("weights",), represented=False,
@@ -116,7 +125,7 @@ def _avgpool1d(t: Tokens, keep: int, kernel: int = 2, stride: int = 2, **_: Any)
         Parameter("stride", 2, "tokens from one window to the next", least=1),
         Parameter("padding", 0, "zeros before the first and behind the last token", least=0),
     ),
-    count=_window_count,
+    count=_window_count, start=_conv1d_start,
 )
 def _conv1d(t: Tokens, keep: int, kernel: int = 2, stride: int = 2, padding: int = 0, **_: Any) -> Reduced:
     if t.weights is None:

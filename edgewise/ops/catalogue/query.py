@@ -9,11 +9,25 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
 from edgewise.ops.methods import KEEP, Parameter, Reduced, Tokens, method
+from edgewise.ops.start import Start, Weight, place_logits, spread, windows
+
+
+def _learner_start(tokens: Tensor, keep: int, grid: tuple[int, ...] | None, parameters: Mapping[str, Any]) -> Start:
+    """An MLP of `2 keep` hidden features that is linear at first: gelu(x) - gelu(-x) = x."""
+    linear = place_logits(tokens, windows(tokens.shape[1], keep, grid))
+    scale, width, eye = spread(tokens), tokens.shape[2], torch.eye(keep)
+    offset = linear @ tokens.mean(dim=(0, 1))
+    return {
+        "in.weight": Weight(torch.cat([linear, -linear]), width ** -0.5 / scale),
+        "in.bias": Weight(torch.cat([-offset, offset]), torch.ones(1)),
+        "out.weight": Weight(torch.cat([eye, -eye], dim=1), torch.full((1,), (2 * keep) ** -0.5)),
+    }
 
 
 @method(
     name="token-learner", summary="Each token that stays is a learned weighting of all tokens.", mechanism="query",
-    modalities=("image", "video", "audio"), sites=("out", "projector"), needs=("weights",), represented=False, pads=True,
+    modalities=("image", "video", "audio"), sites=("block", "out", "projector"), needs=("weights",), represented=False,
+    pads=True, start=_learner_start,
     paper="TokenLearner (NeurIPS 2021), arXiv 2106.11297",
     limits="The file holds out.weight (keep, H) and, as they are there, norm.weight, norm.bias (C), in.weight (H, C), in.bias (H), "
            "out.bias (keep); without in.weight H is C. keep is what the file was trained for.",
@@ -28,10 +42,33 @@ def _token_learner(t: Tokens, keep: int, **_: Any) -> Reduced:
     return _learned(t, _shares(t, logits) @ t.tokens[:, t.protected:])
 
 
+def _resampler_start(tokens: Tensor, keep: int, grid: tuple[int, ...] | None, parameters: Mapping[str, Any]) -> Start:
+    """Values and outputs are the tokens themselves (a few features wider where heads do not divide them), and every head asks
+    alike: the best logits of the rank that a head has."""
+    heads, width = int(parameters["heads"]), tokens.shape[2]
+    size = -(-width // heads)
+    scale, inner = spread(tokens), heads * size
+    u, s, v = torch.linalg.svd(place_logits(tokens, windows(tokens.shape[1], keep, grid)) * scale, full_matrices=False)
+    half = (s[:size] * size ** 0.5).sqrt()
+    missing = size - len(half)
+    queries = torch.nn.functional.pad(u[:, :size] * half, (0, missing)).repeat(1, heads)
+    keys = torch.nn.functional.pad(half[:, None] * v[:size], (0, 0, 0, missing)).repeat(heads, 1)
+    eye, wide = torch.eye(inner, width), torch.nn.functional.pad(scale, (0, inner - width), value=float(scale.mean()))
+    return {
+        "queries": Weight(queries, torch.ones(1)),
+        "k.weight": Weight(keys / scale, width ** -0.5 / scale),
+        "v.weight": Weight(eye, wide[:, None] * width ** -0.5 / scale),
+        "v.bias": Weight(torch.zeros(inner), wide),
+        "out.weight": Weight(eye.t().contiguous(), scale[:, None] * inner ** -0.5 / wide),
+        "out.bias": Weight(torch.zeros(width), scale),
+    }
+
+
 @method(
     name="resampler", summary="Learned queries attend to all tokens, as in a Perceiver resampler or a Q-Former of one layer.",
-    mechanism="query", modalities=("image", "video", "audio"), sites=("out", "projector"), needs=("weights",), represented=False,
-    pads=True, paper="Flamingo (NeurIPS 2022), arXiv 2204.14198; BLIP-2 (ICML 2023), arXiv 2301.12597",
+    mechanism="query", modalities=("image", "video", "audio"), sites=("block", "out", "projector"), needs=("weights",),
+    represented=False, pads=True, start=_resampler_start,
+    paper="Flamingo (NeurIPS 2022), arXiv 2204.14198; BLIP-2 (ICML 2023), arXiv 2301.12597",
     limits="The file holds queries (keep, D), k.weight, v.weight (D, C), out.weight (C, D) and, as they are there, q.weight "
            "(D, D), norm.weight, norm.bias (C), and a bias for each weight. keep is what the file was trained for.",
     parameters=(KEEP, Parameter("heads", 8, "attention heads", least=1)),

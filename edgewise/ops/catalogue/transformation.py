@@ -81,7 +81,7 @@ def _pool_count(free: int, grid: Grid | None, frames: int | None, parameters: Ma
 
 @method(
     name="pool", summary="Pooling over the token grid: average, maximum, bilinear or adaptive.", mechanism="transformation",
-    modalities=("image", "video", "audio"), sites=("out", "projector"), needs=("grid",),
+    modalities=("image", "video", "audio"), sites=("block", "out", "projector"), needs=("grid",),
     paper="LLaVA-NeXT (get_2dPool), PLLaVA (arXiv 2404.16994), DeCo (arXiv 2405.20985)",
     represented=False,
     limits="avg and max drop a remainder of the grid, bilinear takes ceil(h / stride) x ceil(w / stride) cells, adaptive any side "
