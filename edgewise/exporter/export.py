@@ -550,7 +550,11 @@ def _manifest(
         preprocessing=job.source.preprocessing,
         targets=tuple(artifacts),
         verification=tuple(job.rungs),
-        notes=(*job.source.notes, *program.notes),
+        notes=(
+            *job.source.notes,
+            *program.notes,
+            *(step.fitted.note(weights_digest) for step in program.steps if step.fitted is not None),
+        ),
         golden={program.role: f"golden/{program.role}.safetensors"},
         seed=job.recipe.seed,
     )
