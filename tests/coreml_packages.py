@@ -73,6 +73,10 @@ def from_torch(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(module, example, strict=False).run_decompositions({})
+        # The frontend knows no alias, which means nothing here.
+        for node in exported.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            exported.graph.erase_node(node)
         outputs = len(exported.graph_signature.user_outputs)
         dtype = np.float16 if half else np.float32
         model = ct.convert(
