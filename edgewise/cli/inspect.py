@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgewise.exporter.sources import Source
     from edgewise.passes.analysis import Stream
     from edgewise.passes.program import Program
+    from edgewise.passes.query_modules import QueryModule
 
 
 def inspect(
@@ -109,10 +110,27 @@ def _describe(source: Source, program: Program) -> dict[str, Any]:
             {"index": index, "node": analysis.anchors[index].softmax.name, "reason": reason}
             for index, reason in sorted(analysis.unplaced.items())
         ],
+        "query_modules": [_module(module) for module in analysis.modules],
         "attentions": len(analysis.anchors),
         "flops": {"before": total, "after": total_flops(program.exported)},
         "flops_by_part": parts,
         "notes": [*source.notes, *program.notes],
+    }
+
+
+def _module(module: QueryModule) -> dict[str, Any]:
+    from edgewise.passes.graph import describe
+
+    return {
+        "kind": module.kind,
+        "reads": module.source,
+        "keys": module.keys,
+        "windows": module.windows,
+        "queries": module.queries,
+        "tokens_out": module.tokens_out,
+        "attentions": len(module.anchors),
+        "cross_attentions": len(module.cross),
+        "node": describe(module.cross[0].out),
     }
 
 
@@ -146,6 +164,13 @@ def _show(screen: Screen, source: Source, program: Program, document: dict[str, 
         methods, sides = "+".join(site["methods"]) or None, ", ".join(site["side_values"]) or None
         row(sites, site["name"], *tokens, methods, sides, site["refused"])
     screen.show(sites)
+    if document["query_modules"]:
+        made = table("query modules", "kind", "reads", "windows", "tokens in each", "queries", "tokens out", "attentions",
+                     right=("windows", "tokens in each", "queries", "tokens out"))
+        for one in document["query_modules"]:
+            attentions = f"{one['attentions']}, {one['cross_attentions']} cross"
+            row(made, one["kind"], one["reads"], one["windows"], one["keys"], one["queries"], one["tokens_out"], attentions)
+        screen.show(made)
     unplaced = document["attentions_without_site"]
     if unplaced:
         made = table("attentions that belong to no site", "index", "node", "reason", right=("index",))

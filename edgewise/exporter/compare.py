@@ -23,7 +23,7 @@ from edgewise.exporter.run import Runner
 from edgewise.exporter.sources import Source
 from edgewise.ops import METHODS
 from edgewise.ops.budget import kept_count
-from edgewise.passes.analysis import DECODER, Stream
+from edgewise.passes.analysis import Stream
 from edgewise.passes.flops import total_flops
 from edgewise.passes.legalise import Legalise
 from edgewise.passes.plan import Spec, make_plan, parse_spec
@@ -259,7 +259,7 @@ def _stream(program: Program) -> Stream:
     streams = program.analysis.streams
     if not streams:
         raise InputError("no stream of tokens was found in this model: see edgewise inspect")
-    return next((s for s in streams if s.role not in ("text_encoder", DECODER)), streams[0])
+    return next((s for s in streams if s.of_media), streams[0])
 
 
 def _count(keep: float | int, stream: Stream) -> int:

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from edgewise.passes.anchors import Anchor, CausalMasks, elementwise, find_anchors
 from edgewise.passes.graph import describe, reachable, shape_of, user_inputs
 from edgewise.passes.origin import constant_prefix, grid_of
+from edgewise.passes.query_modules import QueryModule, find_query_modules
 from edgewise.passes.samples import Samples
 from edgewise.passes.symbolic import Abstract, Engine
 from edgewise.passes.token_axis import Cut, Propagation, Propagator
@@ -49,7 +50,7 @@ class Place:
         return "out" if site == "out" else "block"
 
 
-ENCODER, DECODER, PROJECTOR = "encoder", "decoder", "projector"
+ENCODER, DECODER, PROJECTOR, RESAMPLER = "encoder", "decoder", "projector", "resampler"
 
 
 @dataclass
@@ -80,6 +81,11 @@ class Stream:
     """Which part of a broken encoder this is: parts of one encoder are fed by the first of them."""
 
     @property
+    def of_media(self) -> bool:
+        """Whether it is an encoder of images, video or audio: what a method is for where a spec names no site."""
+        return self.role not in ("text_encoder", DECODER, RESAMPLER)
+
+    @property
     def frames(self) -> int | None:
         """Frames of a video that the grid holds."""
         return self.grid[0] if self.grid is not None and len(self.grid) == 3 else None
@@ -91,12 +97,13 @@ class Stream:
 
 @dataclass
 class Analysis:
-    """All streams of a graph, its attentions, and why an attention belongs to no site."""
+    """All streams of a graph, its attentions, why an attention belongs to no site, and the query modules that read a stream."""
 
     anchors: list[Anchor]
     streams: list[Stream]
     unplaced: dict[int, str]
     engine: Engine
+    modules: list[QueryModule] = field(default_factory=list)
 
 
 def analyse(program: ExportedProgram) -> Analysis:
@@ -109,6 +116,7 @@ def analyse(program: ExportedProgram) -> Analysis:
     dependent = reachable(inputs)
     engine = Engine()
     found = Analysis(find_anchors(graph), [], {}, engine)
+    found.modules = find_query_modules(found.anchors, dependent)
     placed: set[int] = set()
     for anchor in found.anchors:
         if anchor.index in placed:
@@ -122,7 +130,19 @@ def analyse(program: ExportedProgram) -> Analysis:
             continue
         placed |= _add_stream(found, anchor, axis, nodes, order, dependent, inputs, causal)
     _name(found.streams)
+    found.modules = [_fed(module, found.streams) for module in found.modules]
     return found
+
+
+def _fed(module: QueryModule, streams: list[Stream]) -> QueryModule:
+    """A query module with the stream that it reads, and the windows that it cuts it into."""
+    keys = module.cross[0].k
+    behind = [s for s in streams if s.out is not None and keys in reachable([s.out.node])]
+    if not behind:
+        return module
+    source = behind[-1]
+    free = source.tokens - source.protected
+    return replace(module, source=source.name, windows=-(-free // module.keys) if module.keys < free else 1)
 
 
 def _token_axis(anchor: Anchor, nodes: list[fx.Node], order: dict[fx.Node, int],
@@ -175,7 +195,9 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
     if grid is not None and _product(grid) != tokens - protected:
         grid = None
     role = _role(root, inputs)
-    if role != "text_encoder" and causal(first):
+    if any(first in module.anchors for module in found.modules):
+        role = RESAMPLER
+    elif role != "text_encoder" and causal(first):
         role = DECODER
     stream = Stream("", role, root, axis, tokens, prefix, protected, grid)
     stream.broken = next((f"{describe(r.node)}: {r.reason}" for r in result.refusals), None)
@@ -359,8 +381,8 @@ def _name(streams: list[Stream]) -> None:
             fed.append(reachable([stream.root]) if stream.broken else set())
         else:
             stream.piece = 1 + sum(s.piece > 0 and s.root in fed[head] for s in streams)
-    media = [s for s in first if s.role not in ("text_encoder", DECODER)]
-    main = media[0] if len(media) == 1 else first[0] if len(first) == 1 and first[0].role != DECODER else None
+    media = [s for s in first if s.of_media]
+    main = media[0] if len(media) == 1 else first[0] if len(first) == 1 and first[0].role not in (DECODER, RESAMPLER) else None
     taken: dict[str, int] = {}
     for stream in streams:
         in_main = main is not None and (stream is main or (stream.piece > 0 and stream.role == main.role))

@@ -54,6 +54,32 @@ def clean_up(program: ExportedProgram) -> ExportedProgram:
     return CleanUp()(Functionalise()(program).program).program
 
 
+def _use_one_name(editor: Editor) -> bool:
+    """Write ops that have several names under the one that every analysis and target knows."""
+    renamed = [n for n in editor.graph.nodes if n.target in _NAMES]
+    for node in renamed:
+        node.target = _NAMES[node.target]
+    return bool(renamed)
+
+
+_NAMES = {
+    aten.concat.default: aten.cat.default, aten.concatenate.default: aten.cat.default,
+    aten.multiply.Tensor: aten.mul.Tensor, aten.multiply.Scalar: aten.mul.Scalar,
+    aten.divide.Tensor: aten.div.Tensor, aten.divide.Scalar: aten.div.Scalar, aten.divide.Tensor_mode: aten.div.Tensor_mode,
+    aten.divide.Scalar_mode: aten.div.Scalar_mode, aten.true_divide.Tensor: aten.div.Tensor,
+    aten.true_divide.Scalar: aten.div.Scalar, aten.subtract.Tensor: aten.sub.Tensor, aten.subtract.Scalar: aten.sub.Scalar,
+    aten.absolute.default: aten.abs.default, aten.negative.default: aten.neg.default, aten.clip.default: aten.clamp.default,
+    aten.clip.Tensor: aten.clamp.Tensor, aten.greater.Tensor: aten.gt.Tensor, aten.greater.Scalar: aten.gt.Scalar,
+    aten.less.Tensor: aten.lt.Tensor, aten.less.Scalar: aten.lt.Scalar, aten.greater_equal.Tensor: aten.ge.Tensor,
+    aten.greater_equal.Scalar: aten.ge.Scalar, aten.less_equal.Tensor: aten.le.Tensor, aten.less_equal.Scalar: aten.le.Scalar,
+    aten.not_equal.Tensor: aten.ne.Tensor, aten.not_equal.Scalar: aten.ne.Scalar,
+    aten.swapdims.default: aten.transpose.int, aten.swapaxes.default: aten.transpose.int, aten.moveaxis.int: aten.movedim.int,
+    aten.moveaxis.intlist: aten.movedim.intlist, aten.special_expit.default: aten.sigmoid.default,
+    aten.special_softmax.default: aten.softmax.int,
+}
+"""Ops that only call another one, with the same arguments."""
+
+
 def _decompose_einsum(editor: Editor) -> bool:
     """Spell einsum out as permutes and one batched product, which every analysis and target knows."""
     found = [n for n in editor.graph.nodes if n.target is aten.einsum.default]
@@ -227,6 +253,7 @@ def _is_mutable(node: fx.Node) -> bool:
 
 
 _STEPS: tuple[Callable[[Editor], bool], ...] = (
+    _use_one_name,
     _decompose_einsum,  # first: what it is spelled out as needs the same cleaning as all else
     _drop_no_ops,  # before folding, so that asserts do not hold constants alive
     _fold_constants,

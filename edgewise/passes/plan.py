@@ -201,7 +201,7 @@ def _default_stream(analysis: Analysis, spec: Spec) -> Stream:
             raise Refused("it prunes inside a decoder, and no causal attention over embedded tokens was found",
                           method=spec.method.name)
         return decoders[0]
-    media = [s for s in analysis.streams if s.role not in ("text_encoder", DECODER)] or analysis.streams
+    media = [s for s in analysis.streams if s.of_media] or analysis.streams
     if any(s.piece for s in media):
         raise Refused("its attention blocks do not form one stream of tokens, which breaks at "
                       f"{next(s.broken for s in media if s.broken)}", method=spec.method.name)

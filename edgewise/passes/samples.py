@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import torch
 from torch import fx
 
 from edgewise.passes.anchors import Anchor
@@ -17,11 +18,21 @@ from edgewise.passes.symbolic import Abstract, Engine, SampleCount
 from edgewise.passes.token_axis import Cut, Propagation, Propagator, Route
 from edgewise.passes.token_rules import symbolic_axes
 
+aten = torch.ops.aten
+
+PRODUCTS = {aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 _MIXED = "it brings together the tokens of several samples, which keep different ones"
 
 
 class _Propagator(Propagator):
-    """Values with an entry for each sample need no route: only tokens are chosen."""
+    """Values with an entry for each sample need no route: only tokens are chosen. They may meet the samples in a product too, as
+    learned queries do that are repeated for each sample."""
+
+    def _routable(self, node: fx.Node) -> bool:
+        return node.target in PRODUCTS or super()._routable(node)
+
+    def _may_route(self, node: fx.Node, place: int) -> bool:
+        return node.target in PRODUCTS or super()._may_route(node, place)
 
     def _routes(self, *_: Any) -> dict[int, Route]:
         return {}

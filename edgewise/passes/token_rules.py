@@ -86,6 +86,9 @@ def rewrite(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: 
     if target is aten.index.Tensor:
         _check_index(args)
         return Rewrite(args)
+    if target in (aten.pad.default, aten.constant_pad_nd.default):
+        _check_padding(args)
+        return Rewrite(args)
     raise NoRule("there is no rule for this op on the token axis")
 
 
@@ -101,6 +104,14 @@ def _check_other_axes(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     touched = {a % rank for a in axes} & set(symbolic_axes(source))
     if touched:
         raise NoRule(f"it works along the token axis (dimension {min(touched)}), where positions change under compression")
+
+
+def _check_padding(args: tuple[Any, ...]) -> None:
+    x, widths = args[0], args[1]
+    rank = len(x.shape)
+    padded = {rank - 1 - i // 2 for i, width in enumerate(widths) if width != 0}
+    if padded & set(symbolic_axes(x)):
+        raise NoRule("it pads the tokens to a count that what follows is made for (whole windows)")
 
 
 def _check_convolution(args: tuple[Any, ...], spatial: int) -> None:
