@@ -28,6 +28,8 @@ class Editor:
         self.graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
         self.graph.output(self.graph.graph_copy(program.graph, copied))
+        for node, copy_of_it in copied.items():
+            copy_of_it.name = node.name  # a copy renames inputs that are called like a function of Python
         last = next(iter(reversed(program.graph.nodes)))
         next(iter(reversed(self.graph.nodes))).meta.update(last.meta)
         self.input_specs: list[InputSpec] = list(program.graph_signature.input_specs)

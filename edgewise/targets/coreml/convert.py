@@ -29,15 +29,18 @@ NAME = "coreml"
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep coremltools' notes about itself (it cannot predict on Linux, torch is new) and its bars from the user."""
-    logger = logging.getLogger("coremltools")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            # Before stderr is another, which its logger would keep for ever.
+            import coremltools  # noqa: F401
+
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
     finally:
-        logger.setLevel(level)
+        logging.disable(disabled)
 
 
 def reads(node: Node) -> bool:
@@ -234,6 +237,12 @@ def _check_constants(exported: ExportedProgram) -> None:
                 raise InputError(
                     f"target {NAME} cannot lower this program: the constant {name} holds whole numbers beyond 32 bits"
                 )
+    for node in exported.graph.nodes:
+        numbers = [one for one in node.args if isinstance(one, int) and not -(2**31) <= one < 2**31]
+        if numbers and node.target is not torch.ops.aten.slice.Tensor:  # where they mean the end
+            raise InputError(
+                f"target {NAME} cannot lower this program: {numbers[0]} of {describe(node)} is beyond 32 bits"
+            )
 
 
 def _first_line(error: BaseException) -> str:

@@ -92,6 +92,13 @@ _MEMORY = {"device", "layout", "pin_memory", "memory_format", "generator", "non_
 """Keywords that say where and how a value lies in memory, and not what it is."""
 
 
+_WHOLE = {
+    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.cosine_similarity.default),
+    *(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default),
+}
+"""Ops whose rules want all arguments, defaults as well."""
+
+
 def _positional(editor: Editor) -> None:
     """Give by position what may be given so, and leave out keywords that have their defaults, or no meaning here."""
     for node in editor.graph.nodes:
@@ -107,6 +114,9 @@ def _positional(editor: Editor) -> None:
             if one.kwarg_only and one.name in node.kwargs and one.name not in _MEMORY
             if type(values[one.name]) is not type(one.default_value) or values[one.name] != one.default_value
         }
+        if node.target in _WHOLE:
+            last = len(plain)
+            values["stride"] = values.get("stride") or values.get("kernel_size")
         node.args = tuple(values[one.name] for one in plain[: max(len(node.args), last)])
         node.kwargs = kwargs
 
@@ -189,6 +199,17 @@ def _rsqrt(value: Node) -> Made:
     return lambda x: torch.tensor(1.0) / x.sqrt()
 
 
+def _rms_norm(value: Node, shape: list[int], weight: Node | None, epsilon: float | None) -> Made:
+    axes = list(range(-len(shape), 0))
+    epsilon = torch.finfo(value.meta["val"].dtype).eps if epsilon is None else epsilon
+
+    def norm(x: Tensor, scale: Tensor | None = None) -> Tensor:
+        normed = x / ((x * x).mean(axes, keepdim=True) + epsilon).sqrt()
+        return normed if scale is None else normed * scale
+
+    return norm
+
+
 def _attention(
     query: Node,
     key: Node,
@@ -268,6 +289,28 @@ def _logical(on_truth: Any) -> Callable[..., Made]:
     return rewrite
 
 
+def _along(value: Node, index: Node, dim: int | None) -> Made:
+    def along(x: Tensor, i: Tensor) -> Tensor:
+        if dim is None:
+            return x.reshape(-1).gather(0, i.reshape(-1))
+        at = dim % x.ndim
+        sizes = [max(a, b) for a, b in zip(x.shape, i.shape, strict=True)]
+        sizes_x, sizes_i = ([*sizes[:at], one.shape[at], *sizes[at + 1 :]] for one in (x, i))
+        return x.expand(sizes_x).gather(at, i.expand(sizes_i))
+
+    return along
+
+
+def _in_another_type(op: Any) -> Callable[..., Made]:
+    """Reductions whose keyword `dtype` says in which type they are done."""
+
+    def rewrite(value: Node, *rest: Any) -> Made:
+        *others, dtype = rest
+        return None if dtype is None else lambda x: op(x.to(dtype), *others)
+
+    return rewrite
+
+
 REWRITES: dict[Any, Callable[..., Made]] = {
     aten.bitwise_and.Tensor: _logical(aten.logical_and.default),
     aten.bitwise_or.Tensor: _logical(aten.logical_or.default),
@@ -283,5 +326,14 @@ REWRITES: dict[Any, Callable[..., Made]] = {
     aten.reciprocal.default: _reciprocal,
     aten.rsqrt.default: _rsqrt,
     aten.scaled_dot_product_attention.default: _attention,
+    aten.rms_norm.default: _rms_norm,
     aten.sort.stable: _sort,
+    aten.take_along_dim.default: _along,
+    **{
+        op: _in_another_type(op)
+        for op in (
+            *(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum.default),
+            *(aten.prod.default, aten.prod.dim_int, aten.linalg_vector_norm.default),
+        )
+    },
 }

@@ -1,0 +1,280 @@
+"""Programs as Core ML packages: the names, the numbers, the bytes, and what coremltools gets wrong without a word."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_programs import CASES, Case, Unknown, case
+from torch import Tensor, nn
+
+from edgewise import targets
+from edgewise.bundle.manifest import path_fault
+from edgewise.errors import InputError
+from edgewise.targets.coreml import HALF_RELATIVE
+from edgewise.verify import compare
+
+pytest.importorskip("coremltools")
+
+FITTING = [name for name in CASES if name not in ("convolutions", "synonyms")]
+"""Those without a tensor of six dimensions and without the bits of whole numbers, which Core ML does not have."""
+
+
+@functools.cache
+def program(name: str) -> Case:
+    torch.manual_seed(0)
+    return CASES[name]()
+
+
+def lowered(one: Case, folder: Path, precision: str = "fp32", target: str = "coreml", stem: str = "m") -> list[Path]:
+    return targets.get(target).lower(
+        one.exported,
+        folder,
+        stem,
+        precision=precision,
+        input_names=one.input_names,
+        output_names=one.output_names,
+    )
+
+
+def outputs_of(one: Case, folder: Path, precision: str = "fp32", target: str = "coreml") -> dict[str, np.ndarray]:
+    with targets.get(target).load(lowered(one, folder, precision, target)) as session:
+        return session.run(one.feeds)
+
+
+def worst(one: Case, outputs: dict[str, np.ndarray]) -> float:
+    """The largest relative error of a session's outputs, of the right names, shapes and types."""
+    assert list(outputs) == one.output_names
+    errors = []
+    for name, expected in one.expected.items():
+        assert (outputs[name].shape, outputs[name].dtype) == (expected.shape, expected.dtype)
+        found = compare(expected, outputs[name])
+        assert found.finite and found.relative is not None
+        errors.append(found.relative)
+    return max(errors)
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_the_package_computes_the_program(name: str, tmp_path: Path) -> None:
+    one = program(name)
+    assert worst(one, outputs_of(one, tmp_path)) <= 1e-5
+    limit = targets.get("coreml").tolerance("fp16").relative
+    assert worst(one, outputs_of(one, tmp_path, "fp16")) <= limit == HALF_RELATIVE
+
+
+class Written(nn.Module):
+    """A module that is one expression."""
+
+    def __init__(self, expression: Callable[..., Any]) -> None:
+        super().__init__()
+        self.expression = expression
+
+    def forward(self, *x: Tensor) -> Any:
+        return self.expression(*x)
+
+
+MISREAD: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "tanh gelu": (torch.ops.aten.gelu.default, lambda x: F.gelu(3 * x, approximate="tanh")),
+    "add alpha": (torch.ops.aten.add.Tensor, lambda x: torch.add(x, x.flip(0), alpha=0.5)),
+    "sub alpha": (torch.ops.aten.sub.Tensor, lambda x: torch.sub(x, x.flip(0), alpha=3)),
+    "rsub alpha": (torch.ops.aten.rsub.Tensor, lambda x: torch.rsub(x, x.flip(0), alpha=2)),
+    "reciprocal": (torch.ops.aten.reciprocal.default, lambda x: torch.reciprocal(0.01 + x.abs())),
+    "one over": (torch.ops.aten.reciprocal.default, lambda x: 1.0 / (0.01 + x.abs())),
+    "rsqrt": (torch.ops.aten.rsqrt.default, lambda x: torch.rsqrt(x.abs() * 1e-11)),
+    "grouped attention": (
+        torch.ops.aten.scaled_dot_product_attention.default,
+        lambda x: F.scaled_dot_product_attention(
+            x.reshape(1, 4, 3, 4), x[:4].reshape(1, 2, 3, 4), x[4:].reshape(1, 2, 3, 4), enable_gqa=True
+        ),
+    ),
+    "stable sort": (
+        torch.ops.aten.sort.stable,
+        lambda x: torch.sort((x * 2).round(), dim=-1, descending=True, stable=True)[1],
+    ),
+}
+"""What coremltools has no rule for, does not read, or computes as something else: the op of the rewriting that mends it, and an
+example that shows the difference."""
+
+
+@pytest.mark.parametrize("what", MISREAD)
+def test_what_coremltools_misreads_is_rewritten(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgewise.targets.coreml import legal
+
+    op, expression = MISREAD[what]
+    one = case(Written(expression), torch.randn(8, 6, generator=torch.Generator().manual_seed(5)))
+    assert worst(one, outputs_of(one, tmp_path)) <= 1e-6
+    monkeypatch.delitem(legal.REWRITES, op)
+    try:
+        error = worst(one, outputs_of(one, tmp_path))
+    except InputError as refused:
+        assert "coremltools" in str(refused) or "no rule" in str(refused)
+    else:
+        assert error > 1e-4  # coremltools says nothing
+
+
+def test_gelu_stays_one_op(tmp_path: Path) -> None:
+    from edgewise.targets.coreml.package import Package
+
+    one = case(Written(lambda x: F.gelu(x, approximate="tanh")), torch.randn(3, 4))
+    package = Package.open(lowered(one, tmp_path)[0].parent)
+    (block,) = package.model.mlProgram.functions["main"].block_specializations.values()
+    assert [op.type for op in block.operations if op.type != "const"] == ["gelu"]
+
+
+def test_a_keyword_that_is_not_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgewise.targets.coreml import legal
+
+    monkeypatch.delitem(legal.REWRITES, torch.ops.aten.gelu.default)
+    one = case(Written(lambda x: F.gelu(x, approximate="tanh")), torch.randn(3))
+    with pytest.raises(InputError, match=r"does not read approximate='tanh' of node gelu.*coreml.py:\d+, in forward"):
+        lowered(one, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        (lambda x: x.to(torch.int64) // 2, "gives float values to node floor_divide"),
+        (lambda x: x.to(torch.int64) + 2**40, "1099511627776 of node add.* is beyond 32 bits"),
+        (lambda x: x.reshape(1, 1, 1, 1, 1, -1), "rank <= 5"),
+        (lambda x: x.to(torch.int32) & 3, "bitwise_and"),
+    ],
+    ids=["floor_divide", "wide integer", "six dimensions", "bits"],
+)
+def test_what_core_ml_cannot_hold_is_refused(expression: Callable[..., Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        lowered(case(Written(expression), torch.randn(6) * 5), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_op_without_a_rule_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"target coreml cannot lower this program: .*bessel_j0"):
+        lowered(case(Unknown(), torch.randn(3)), tmp_path)
+
+
+def test_ops_without_a_rule_are_taken_apart(tmp_path: Path) -> None:
+    """As torch does it: RMS norm, Hugging Face's repeat of heads, a reduction over several dimensions, and others."""
+
+    def expression(x: Tensor) -> tuple[Tensor, ...]:
+        return (
+            (x > 0).sum(-1, dtype=torch.float32),
+            F.rms_norm(x, (6,), torch.full((6,), 0.5)),
+            torch.cosine_similarity(x, x.flip(0), dim=-1),
+            F.max_pool2d(x.reshape(1, 1, 8, 6), 2),
+            x.take_along_dim(x.argmax(-1, keepdim=True), dim=-1),
+            F.softplus(x).aminmax(dim=-1)[0],
+        )
+
+    one = case(Written(expression), torch.randn(8, 6))
+    assert worst(one, outputs_of(one, tmp_path)) <= 1e-6
+
+
+def test_names_may_be_any(tmp_path: Path) -> None:
+    """Names of values inside, names that Core ML does not take, and each other's."""
+    one = program("block")
+    inner = [node.name for node in one.exported.graph.nodes if node.op == "call_function"]
+    for name, *output_names in (
+        (inner[3], "head.weight", inner[-1]),
+        ("o1", "i0", "o0"),
+        ("image", "a.b", "a_b"),
+        ("bool", "1", "ö"),
+    ):
+        files = targets.get("coreml").lower(
+            one.exported, tmp_path, "m", precision="fp32", input_names=[name], output_names=output_names
+        )
+        with targets.get("coreml").load(files) as session:
+            outputs = session.run({name: one.feeds["i0"]})
+        assert list(outputs) == output_names
+        for got, expected in zip(outputs.values(), one.expected.values(), strict=True):
+            assert np.allclose(got, expected, atol=1e-5)
+
+
+AGAIN = """
+import sys
+sys.path[:0] = [{here!r}, {root!r}]
+from pathlib import Path
+import torch, tiny_programs
+from edgewise import targets
+torch.manual_seed(0)
+one, names = tiny_programs.block(), {{"input_names": ["i0"], "output_names": ["o0", "o1"]}}
+targets.get("coreml").lower(one.exported, Path({folder!r}), "m", precision="fp16", **names)
+"""
+
+
+def test_the_same_program_gives_the_same_bytes(tmp_path: Path) -> None:
+    """After a conversion of another program and one that failed, and in another process and folder."""
+    first = lowered(program("block"), tmp_path / "a", "fp16")
+    with pytest.raises(InputError):
+        lowered(case(Unknown(), torch.randn(3)), tmp_path)
+    lowered(program("odd"), tmp_path / "c", "fp16")
+    second = lowered(program("block"), tmp_path / "b", "fp16")
+    here = Path(__file__).parent
+    code = AGAIN.format(here=str(here), root=str(here.parent), folder=str(tmp_path / "d"))
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    for path, again in zip(first, second, strict=True):
+        name = path.relative_to(tmp_path / "a")
+        assert path_fault(name.as_posix()) is None
+        data = path.read_bytes()
+        assert data == again.read_bytes() == (tmp_path / "d" / name).read_bytes()
+        for secret in (str(tmp_path), str(here), "site-packages", ".py", "2026-"):
+            assert secret.encode() not in data
+
+
+def test_coremltools_opens_the_package(tmp_path: Path) -> None:
+    import coremltools
+
+    files = lowered(program("block"), tmp_path, "fp16")
+    assert [path.name for path in files] == ["Manifest.json", "model.mlmodel", "weight.bin"]
+    assert files[0].parent == tmp_path / "m.mlpackage"
+    model = coremltools.models.MLModel(str(files[0].parent), skip_model_load=True)
+    spec = model.get_spec()
+    assert spec.specificationVersion == 8  # iOS 17
+    kinds = {f.name: f.type.multiArrayType.dataType for f in (*spec.description.input, *spec.description.output)}
+    half = coremltools.proto.FeatureTypes_pb2.ArrayFeatureType.FLOAT16
+    assert kinds == {"i0": half, "o0": half, "o1": half}
+    assert json.loads(spec.description.metadata.userDefined["edgewise.ports"])["inputs"][0]["dtype"] == "float32"
+
+
+def test_half_precision_halves_the_weights(tmp_path: Path) -> None:
+    one = case(nn.Linear(512, 512), torch.randn(1, 512))
+    sizes = [sum(p.stat().st_size for p in lowered(one, tmp_path / kind, kind)) for kind in ("fp32", "fp16")]
+    assert sizes[1] < 0.51 * sizes[0]
+
+
+def test_lowering_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowered(program("odd"), tmp_path, "fp16")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_program_is_not_changed(tmp_path: Path) -> None:
+    one = program("block")
+    before = (str(one.exported.graph), {key: value.clone() for key, value in one.exported.state_dict.items()})
+    lowered(one, tmp_path, "fp16")
+    assert str(one.exported.graph) == before[0]
+    assert all(torch.equal(value, one.exported.state_dict[key]) for key, value in before[1].items())
+
+
+def test_a_session_imports_no_torch_and_no_coremltools(tmp_path: Path) -> None:
+    one = program("block")
+    files = [str(path) for path in lowered(one, tmp_path, "fp16")]
+    np.save(tmp_path / "x.npy", one.feeds["i0"])
+    code = f"""
+import numpy, pathlib, sys
+from edgewise import targets
+with targets.get("coreml").load([pathlib.Path(path) for path in {files!r}], threads=1) as session:
+    assert session.run({{"i0": numpy.load({str(tmp_path / "x.npy")!r})}})["o1"].shape == (1, 10)
+assert not {{"torch", "coremltools", "transformers", "onnx"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
