@@ -54,7 +54,7 @@ class Record:
 
     def note(self, model: str) -> str:
         """In words, for a bundle of the model with the digest `model`."""
-        other = "" if model == self.model else "; THE MODEL THAT THEY WERE FITTED FOR HAD OTHER WEIGHTS"
+        other = "" if model == self.model else "; the model that they were fitted for had other weights"
         return (f"{self.method} at {self.site}: weights fitted on {self.samples} samples of {self.data} "
                 f"(SHA-256 {self.data_digest[:12]}), {self.steps} steps, seed {self.seed}; loss on {self.held_out} others "
                 f"{self.before:.4g} -> {self.after:.4g}{other}")
