@@ -47,10 +47,9 @@ LOWERING_THRESHOLD = 1e-4
 """Largest relative error of an artifact. Those of fp16 are compared with the program at the weights that half precision
 leaves, so that storage and lowering errors are not mixed up."""
 
-NEAR_TIE = 1e-5
 ATTEMPTS = 6
-"""Two scores that differ by less are told apart by rounding errors alone: runtimes may then keep other tokens than torch, and
-neither is wrong. Such an input verifies little, and up to this many are tried."""
+"""Where two scores are nearly the same, runtimes may keep other tokens than torch, and neither is wrong. Such an input verifies
+little, and up to this many are tried."""
 NEAR_TIE_THRESHOLD = 5e-2
 """Largest relative error where every input that was tried has near ties (an untrained model's tokens are all alike)."""
 
@@ -291,10 +290,11 @@ def _verify(
         with low.target.load(low.files) as session:
             results = [session.run(feed) for feed in feeds]
         found = {k: np.stack([r[k] for r in results]) for k in results[0]}
+        tolerance = low.target.tolerance(job.recipe.precision)
         try:
-            job.judge(low.artifact.label, against, "lowering", wanted, found, threshold=LOWERING_THRESHOLD)
+            job.judge(low.artifact.label, against, "lowering", wanted, found, threshold=tolerance.relative)
         except CheckFailed as failed:
-            if runner.margin >= NEAR_TIE:
+            if runner.margin >= tolerance.near_tie:
                 raise
             if not last:
                 raise NearTie(str(failed)) from failed
