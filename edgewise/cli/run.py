@@ -1,4 +1,4 @@
-"""`edgewise run`: run one artifact of a bundle once."""
+"""`edgewise run`: run one artifact of a bundle, or a Core ML package, once."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ import numpy as np
 import typer
 
 from edgewise.cli import options
-from edgewise.cli.data import load_feeds
+from edgewise.cli.data import load_data, load_feeds
 from edgewise.cli.screen import Result, Screen, number, row, table
 from edgewise.errors import InputError
+from edgewise.targets import Session
 
 _TOP = 5
+_PACKAGE = ".mlpackage"
 
 
 def run(
-    bundle: options.BundleFolder,
+    bundle: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BUNDLE", help="The folder that `edgewise export` wrote, or any Core ML package, NAME.mlpackage."
+        ),
+    ],
     inputs: Annotated[
         str,
         typer.Option("--inputs", "-i", metavar="SRC", help="An .npz or .safetensors file, or demo:NAME[index]."),
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.npz", help="Write the outputs here.")] = None,
     target: Annotated[str | None, typer.Option("--target", help="Default: the first that can run here.")] = None,
-    role: Annotated[str | None, typer.Option("--role", help="Which component. Default: the first.")] = None,
+    role: Annotated[
+        str | None, typer.Option("--role", help="Which component, or function of a package. Default: the first.")
+    ] = None,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -38,10 +47,15 @@ def run(
     screen = Screen(json, quiet)
     if out is not None and out.suffix != ".npz":
         raise InputError(f"-o {out}: outputs are written as .npz")
-    opened = Bundle.open(bundle)
-    role = role or opened.manifest.components[0].role
-    feeds = load_feeds(inputs, opened.manifest.component(role))
-    with load(opened, target, role, threads=threads) as session:
+    if bundle.suffix == _PACKAGE:
+        session, role = _package(bundle, target, role, threads)
+        feeds = load_data(inputs, labels=False).inputs
+    else:
+        opened = Bundle.open(bundle)
+        role = role or opened.manifest.components[0].role
+        feeds = load_feeds(inputs, opened.manifest.component(role))
+        session = load(opened, target, role, threads=threads)
+    with session:
         outputs = session.run(feeds)
     found = {name: _summary(array) for name, array in outputs.items()}
     made = table("outputs", "output", "shape", "dtype", "min", "max", f"top {_TOP} classes", right=("min", "max"))
@@ -63,14 +77,28 @@ def run(
     return Result({"bundle": str(bundle), "role": role, "outputs": found, "out": str(out) if out else None})
 
 
+def _package(path: Path, target: str | None, function: str | None, threads: int | None) -> tuple[Session, str]:
+    """A session of a Core ML package, whoever made it, and the function that it runs."""
+    from edgewise.targets import get
+
+    if target not in (None, "coreml"):
+        raise InputError(f"{path} is a Core ML package and runs as --target coreml, not {target}")
+    get("coreml").check(runtime_only=True)
+    from edgewise.targets.coreml.session import InterpreterSession
+
+    session = InterpreterSession(path, function=function, threads=threads)
+    return session, session.function
+
+
 def _summary(array: np.ndarray) -> dict[str, Any]:
     """What is said of one output. `top`: for each row of class scores, the best classes and their scores."""
+    numbers = array.size > 0 and array.dtype.kind in "biuf"
     scores = array.ndim == 2 and array.shape[1] > 1 and np.issubdtype(array.dtype, np.floating)
     return {
         "shape": list(array.shape),
         "dtype": str(array.dtype),
-        "min": _plain(array.min()) if array.size else None,
-        "max": _plain(array.max()) if array.size else None,
+        "min": _plain(array.min()) if numbers else None,
+        "max": _plain(array.max()) if numbers else None,
         "top": [_top(line) for line in array] if scores and np.isfinite(array).all() else None,
     }
 

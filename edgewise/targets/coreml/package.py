@@ -155,10 +155,11 @@ def _opened(root: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
         handle = os.open(path, flags)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}. {_MEND}") from error
+    about = os.fstat(handle)
+    if not stat.S_ISREG(about.st_mode):
+        os.close(handle)
+        raise InputError(f"{path} is not a plain file. {_MEND}")
     with os.fdopen(handle, "rb") as file:
-        about = os.fstat(handle)
-        if not stat.S_ISREG(about.st_mode):
-            raise InputError(f"{path} is not a plain file. {_MEND}")
         yield file, about.st_size
 
 

@@ -176,7 +176,8 @@ def _output(name: str, program: Program) -> TensorInfo:
     type_ = program.types[name]
     if isinstance(type_, TensorType):
         # A size that depends on the input is not known yet, and is told as 0.
-        return TensorInfo(name=name, shape=tuple(size or 0 for size in type_.shape), dtype=type_.dtype.stored.name)
+        dtype = "str" if type_.dtype.name == "string" else type_.dtype.stored.name
+        return TensorInfo(name=name, shape=tuple(size or 0 for size in type_.shape), dtype=dtype)
     if isinstance(type_, OtherType) and type_.kind == "dictionary":
         return TensorInfo(name=name, shape=(0,), dtype="float32", meaning="probabilities in the order of the classes")
     raise InputError(f"output '{name}' is neither a tensor nor a dictionary of probabilities")
@@ -197,9 +198,9 @@ def _states(program: Program, max_bytes: int) -> dict[str, State]:
 
 def _stored(value: Any, type_: Type) -> np.ndarray:
     """A copy of a value as the package declares it, which the caller may keep and change."""
-    if isinstance(type_, TensorType):
+    if isinstance(type_, TensorType) and type_.dtype.name != "string":
         return np.array(value, dtype=type_.dtype.stored, order="C")
-    return np.array(value)
+    return np.array(value, dtype=str if isinstance(type_, TensorType) else None)
 
 
 class CoreMLSession(Session):
