@@ -5,8 +5,8 @@
     python benchmarks/method_cost.py
 
 Each method is a graph of its own over random tokens, with all that it computes (similarities, attention rows, the reduction) and
-what it would be given (tokens, queries and keys). It runs in turn with one forward of the encoder (random weights). A method that
-goes to every block counts once for each block. Raise --seconds for a quieter number.
+what it would be given (tokens, queries and keys; weights of the shapes that `edgewise fit` makes). It runs in turn with one forward
+of the encoder (random weights). A method that goes to every block counts once for each block. Raise --seconds for a quieter number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from edgewise import targets
 from edgewise.errors import InputError
 from edgewise.exporter.capture import capture
-from edgewise.ops import METHODS, apply
+from edgewise.ops import METHODS, Method, apply
+from edgewise.ops.budget import count_to_keep
 from edgewise.passes.legalise import Legalise
 from edgewise.targets.base import Session
 
@@ -106,6 +107,8 @@ def parse(text: str, encoder: Encoder) -> tuple[str, dict[str, Any]]:
     spec = parse_spec(text)
     entry = spec.method
     known = {k: v for k, v in spec.parameters.items() if k not in ("schedule", "prop_attn", "length", "text", "text_tokens")}
+    if "weights" in entry.needs and "weights" not in known:
+        known["weights"] = weights(entry, known, encoder)
     if "text" in entry.needs:
         known["text"] = torch.randn(8, encoder.width, generator=torch.Generator().manual_seed(3))
     side = round(encoder.tokens**0.5)
@@ -118,6 +121,15 @@ def parse(text: str, encoder: Encoder) -> tuple[str, dict[str, Any]]:
     if "attention" in entry.needs and "span" not in known:
         known["protected"] = 1  # the class token that is attended from
     return entry.name, known
+
+
+def weights(entry: Method, known: dict[str, Any], encoder: Encoder) -> dict[str, Tensor]:
+    """Weights of the shapes that `edgewise fit` makes."""
+    assert entry.start is not None
+    tokens = torch.randn(2, encoder.tokens, encoder.width, generator=torch.Generator().manual_seed(2))
+    given = {p.name: p.default for p in entry.parameters if p.name != "keep"} | known
+    keep = count_to_keep(entry, known.get("keep"), None, encoder.tokens, 0, None, None, given)
+    return {name: weight.value for name, weight in entry.start(tokens, keep, None, given).items()}
 
 
 def lowered(module: nn.Module, inputs: dict[str, Tensor], folder: Path, threads: int) -> Session:
