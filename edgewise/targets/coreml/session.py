@@ -111,7 +111,8 @@ class InterpreterSession(Session):
             self.inputs = fixed
 
     def run(self, feeds: Mapping[str, np.ndarray], *, watch: Watch | None = None) -> dict[str, np.ndarray]:
-        """Run once, see `Session.run`. `watch(name, array)` is called with every value that is computed, halves as float32."""
+        """Run once, see `Session.run`. `watch(name, array)` is called with every value that is
+        computed from them, halves as float32."""
         return self._compute(self._checked(feeds), watch)
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

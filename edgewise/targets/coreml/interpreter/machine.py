@@ -51,7 +51,7 @@ class Machine:
 
     def run(self, feeds: Mapping[str, Any], watch: Watch | None = None) -> dict[str, Any]:
         """Run once. `feeds` holds for every input an array as it is held (see `values`), or a `State`. Gives the outputs by
-        name, as they are held. `watch(name, array)` is called with every value that is computed."""
+        name, as they are held. `watch(name, array)` is called with every value that depends on them."""
         with np.errstate(all="ignore"):
             return _Run(self, dict(feeds), watch).function()
 
@@ -145,7 +145,7 @@ class _Run:
         else:
             self.values[name] = value
             self.bytes += size
-        if self.watch is not None and isinstance(value, np.ndarray):
+        if self.watch is not None and not constant and isinstance(value, np.ndarray):
             self.watch(name, value)
 
     @property
