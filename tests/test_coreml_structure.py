@@ -13,6 +13,7 @@ from coreml_packages import ct, from_mil, from_torch, mb
 from torch import nn
 
 from edgewise.errors import InputError
+from edgewise.targets.coreml.schema import Model
 from edgewise.targets.coreml.session import InterpreterSession, functions
 
 RNG = np.random.default_rng(11)
@@ -112,6 +113,16 @@ LISTS: list[tuple[str, Callable[..., Any], list[np.ndarray], Callable[..., np.nd
         lambda a, b: a * b**5,
     ),
 ]
+
+
+def _branches(a: Any, b: Any) -> Any:
+    """Two branches and what is outside of them use the same names for different things, as a program may."""
+    return mb.cond(
+        pred=mb.greater(x=mb.reduce_sum(x=a, keep_dims=False), y=0.0),
+        _true_fn=lambda: mb.add(x=a, y=mb.const(val=2.0, name="left")),
+        _false_fn=lambda: mb.add(x=a, y=mb.const(val=3.0, name="right")),
+    )
+
 
 TESTED = {name for name, *_ in LISTS} | {"const", "classify", "read_state", "write_state"}
 
@@ -284,3 +295,42 @@ def test_an_image_is_fed_as_an_array(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         session.run({"image": pixels}).popitem()[1], (pixels / 127.5 - 1).mean((2, 3)), atol=1e-5
     )
+
+
+def test_names_in_blocks_are_their_own(tmp_path: Path) -> None:
+    path = from_mil(tmp_path, _branches, {"a": A, "b": B})
+    file = path / "Data/com.apple.CoreML/model.mlmodel"
+    data = file.read_bytes()
+    assert data.count(b"left") and data.count(b"right")
+    model = Model()
+    model.ParseFromString(data)
+    _rename(model.mlProgram.functions["main"], {"left": "same", "right": "same"})
+    file.write_bytes(model.SerializeToString())
+    session = InterpreterSession(path)
+    for sign, added in ((1, 2.0), (-1, 3.0), (1, 2.0)):
+        x = sign * np.abs(A)
+        np.testing.assert_allclose(session.run({"a": x, "b": B}).popitem()[1], x + np.float32(added), rtol=1e-6)
+
+
+def _rename(function: Any, names: dict[str, str]) -> None:
+    pending = list(function.block_specializations.values())
+    while pending:
+        for op in pending.pop().operations:
+            pending.extend(op.blocks)
+            for output in op.outputs:
+                output.name = names.get(output.name, output.name)
+            for argument in op.inputs.values():
+                for binding in argument.arguments:
+                    binding.name = names.get(binding.name, binding.name)
+
+
+def test_a_loop_keeps_no_more_than_a_round(tmp_path: Path) -> None:
+    """A variable of the loop that its body does not use counts once, whatever the number of rounds."""
+    array = f(1 << 12)
+
+    def build(a: Any) -> Any:
+        body = lambda x, unused, n: (mb.add(x=x, y=1.0), unused, mb.add(x=n, y=1.0))  # noqa: E731
+        return mb.while_loop(_cond=lambda x, unused, n: mb.less(x=n, y=100.0), _body=body, loop_vars=(a, a, 0.0))[0]
+
+    session = InterpreterSession(from_mil(tmp_path, build, {"a": array}), max_bytes=8 * array.nbytes)
+    np.testing.assert_allclose(session.run({"a": array}).popitem()[1], array + 100, rtol=1e-5)

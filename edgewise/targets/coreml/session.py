@@ -165,7 +165,7 @@ def _info(name: str, type_: Type, feature: Feature | None) -> TensorInfo:
         raise InputError(f"input '{name}' is a {getattr(type_, 'kind', 'state')}, which cannot be fed")
     shape = tuple(size or 0 for size in type_.shape)
     if None in type_.shape:
-        if feature is None or not type_.fits(feature.shape):
+        if feature is None or not type_.fits(feature.shape) or min(feature.shape) < 0:
             raise InputError(
                 f"input '{name}' is of type {type_}, and the package does not say which shapes it may have"
             )

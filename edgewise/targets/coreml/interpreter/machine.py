@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from edgewise.errors import InputError
-from edgewise.targets.coreml.interpreter.program import Block, Literal, Name, Program, Source, Step
+from edgewise.targets.coreml.interpreter.program import Block, Literal, Program, Source, Step
 from edgewise.targets.coreml.interpreter.registry import Out
-from edgewise.targets.coreml.interpreter.values import Blob, OtherType, StateType, TensorType, Type, held
+from edgewise.targets.coreml.interpreter.values import Blob, TensorType, Type, held
 
 MAX_BYTES = 8 << 30
 MAX_STEPS = 20_000_000
@@ -68,26 +69,30 @@ class _Run:
 
     def function(self) -> dict[str, Any]:
         block = self.machine.program.block
-        return dict(zip(block.outputs, self.block(block), strict=True))
+        self.steps_of(block)
+        return {name: self.value(name) for name in block.outputs}
 
-    def block(self, block: Block, arguments: Sequence[Any] = ()) -> tuple[Any, ...]:
-        """Run the steps of a block, a nested one with its arguments, and give back its outputs."""
-        if arguments or (block is not self.machine.program.block and block.inputs):
-            if len(arguments) != len(block.inputs):
-                raise InputError(f"a nested block takes {len(block.inputs)} values, and is given {len(arguments)}")
-            for (name, type_), value in zip(block.inputs, arguments, strict=True):
-                self.define(name, type_, value)
+    def nested(self, block: Block, *arguments: Any) -> tuple[Any, ...]:
+        """Run a nested block with its arguments, give back its outputs, and keep nothing."""
+        if len(arguments) != len(block.inputs):
+            raise InputError(f"a nested block takes {len(block.inputs)} values, and is given {len(arguments)}")
+        for (name, type_), value in zip(block.inputs, arguments, strict=True):
+            self.define(name, type_, value)
+        self.steps_of(block)
+        outputs = tuple(self.value(name) for name in block.outputs)
+        for name in block.own:
+            self.free(name)
+        return outputs
+
+    def steps_of(self, block: Block) -> None:
         for step in block.steps:
             if not (step.constant and all(name in self.machine._constants for name, _ in step.outputs)):
                 self.step(step)
             for name in step.frees:
-                if (value := self.values.pop(name, None)) is not None:
-                    self.bytes -= _bytes(value)
-        outputs = tuple(self.value(name) for name in block.outputs)
-        if block is not self.machine.program.block:
-            for name in {name for name in block.outputs if name in self.values and _defines(block, name)}:
-                self.bytes -= _bytes(self.values.pop(name))
-        return outputs
+                self.free(name)
+
+    def free(self, name: str) -> None:
+        self.bytes -= _bytes(self.values.pop(name, None))
 
     def step(self, step: Step) -> None:
         self.steps += 1
@@ -114,12 +119,9 @@ class _Run:
             if extra == "out":
                 arguments["out"] = Out(tuple(type_ for _, type_ in step.outputs), self.machine.max_bytes - self.live)
             else:
-                arguments["blocks"] = [self.closure(block) for block in step.blocks]
+                arguments["blocks"] = [functools.partial(self.nested, block) for block in step.blocks]
         result = step.op.function(**arguments)
         return result if isinstance(result, tuple) else () if result is None else (result,)
-
-    def closure(self, block: Block) -> Callable[..., tuple[Any, ...]]:
-        return lambda *arguments: self.block(block, arguments)
 
     def argument(self, step: Step, name: str, sources: Sequence[Source]) -> Any:
         values = [self.source(one) for one in sources]
@@ -143,8 +145,8 @@ class _Run:
             self.machine._constants[name] = value
             self.machine._constant_bytes += size
         else:
-            self.values[name] = value
             self.bytes += size
+            self.values[name] = value
         if self.watch is not None and not constant and isinstance(value, np.ndarray):
             self.watch(name, value)
 
@@ -163,12 +165,3 @@ def _bytes(value: Any) -> int:
     if isinstance(value, State):
         return value.array.nbytes
     return value.nbytes if isinstance(value, np.ndarray) else 0
-
-
-def _defines(block: Block, name: str) -> bool:
-    return any(name == one for one, _ in block.inputs) or any(
-        name == one for step in block.steps for one, _ in step.outputs
-    )
-
-
-__all__ = ["MAX_BYTES", "MAX_STEPS", "Machine", "Name", "OtherType", "State", "StateType"]

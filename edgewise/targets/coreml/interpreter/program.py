@@ -7,6 +7,7 @@ be freed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +44,6 @@ class Step:
 
     op: Op
     kind: str
-    name: str
     where: str
     inputs: dict[str, list[Source]]
     outputs: tuple[tuple[str, Type], ...]
@@ -63,11 +63,12 @@ class Step:
 
 @dataclass
 class Block:
-    """Steps, and the names of what goes in and out."""
+    """Steps, and the names of what goes in and out. `own`: what it defines and no step frees."""
 
     inputs: tuple[tuple[str, Type], ...]
-    outputs: tuple[str, ...]
+    outputs: tuple[str, ...] = ()
     steps: list[Step] = field(default_factory=list)
+    own: tuple[str, ...] = ()
 
 
 @dataclass
@@ -85,51 +86,63 @@ class Program:
 CONST = "const"
 
 
+class Scope:
+    """The names that are visible at a place of the program: what each is called in the steps, and its type.
+
+    Two nested blocks may use one name for two values. So a name that is defined in a nested block gets a number in the steps, and
+    only those of the function itself are kept as they are.
+    """
+
+    def __init__(self, outer: Scope | None = None) -> None:
+        self.names: dict[str, str] = dict(outer.names) if outer else {}
+        self.types: dict[str, Type] = dict(outer.types) if outer else {}
+        self._blocks: Iterator[int] = outer._blocks if outer else itertools.count(1)
+        self._suffix = f"@{next(self._blocks)}" if outer else ""
+
+    def define(self, name: str, type_: Type, where: str) -> str:
+        """Make a name visible from here on, and give what it is called in the steps."""
+        if not name or name in self.names:
+            raise InputError(f"{where} defines the name '{name}', which is " + ("there already" if name else "empty"))
+        self.names[name], self.types[name] = name + self._suffix, type_
+        return name + self._suffix
+
+
 def compile_function(message: Any, name: str) -> Program:
     """Read a protobuf `Function`. Raises `InputError` that names the op, the function and the place of what is wrong."""
     where = f"function '{name}'"
-    block = message.block_specializations.get(message.opset) if message.opset in message.block_specializations else None
-    if block is None:
+    if message.opset not in message.block_specializations:
         raise InputError(f"{where} has no block for its opset '{message.opset}'")
-    inputs = tuple(_declared(one, where) for one in message.inputs)
-    types: dict[str, Type] = {}
-    for one, type_ in inputs:
-        _define(one, type_, types, where)
-    compiled = _block(block, inputs, types, where)
-    return Program(name, compiled, types)
+    scope = Scope()
+    block = _block(message.block_specializations[message.opset], message.inputs, scope, where)
+    return Program(name, block, scope.types)
 
 
-def _declared(message: Any, where: str) -> tuple[str, Type]:
-    return message.name, read_type(message.type, f"{where}: '{message.name}'")
-
-
-def _define(name: str, type_: Type, types: dict[str, Type], where: str) -> None:
-    if not name or name in types:
-        raise InputError(f"{where} defines the name '{name}', which is " + ("there already" if name else "empty"))
-    types[name] = type_
-
-
-def _block(message: Any, inputs: tuple[tuple[str, Type], ...], types: dict[str, Type], where: str) -> Block:
-    """Compile the operations of a block. `types` holds what is visible, and is added to."""
-    block = Block(inputs, tuple(message.outputs))
+def _block(message: Any, inputs: Any, scope: Scope, where: str) -> Block:
+    """Compile the operations of a block. `inputs`: those of the function for its own block, and else those of the block."""
+    block = Block(tuple(_defined(one, scope, where, "") for one in inputs))
     for place, operation in enumerate(message.operations):
-        block.steps.append(_step(operation, types, f"{where}, op {place}"))
-    for name in block.outputs:
-        if name not in types:
+        block.steps.append(_step(operation, scope, f"{where}, op {place}"))
+    for name in message.outputs:
+        if name not in scope.names:
             raise InputError(f"{where} gives back '{name}', which nothing defines")
+    block.outputs = tuple(scope.names[name] for name in message.outputs)
     _mark_frees(block)
     return block
 
 
-def _step(message: Any, types: dict[str, Type], where: str) -> Step:
-    outputs = tuple((one.name, one.type) for one in message.outputs)
-    name = outputs[0][0] if outputs else ""
+def _defined(message: Any, scope: Scope, where: str, kind: str) -> tuple[str, Type]:
+    type_ = read_type(message.type, f"{where}: {kind}'{message.name}'")
+    return scope.define(message.name, type_, where), type_
+
+
+def _step(message: Any, scope: Scope, where: str) -> Step:
+    name = message.outputs[0].name if message.outputs else ""
     where = f"{where} ({message.type} '{name}')" if name else f"{where} ({message.type})"
     op = OPS.get(message.type)
     if op is None:
         raise InputError(f"{where}: this interpreter does not know the op '{message.type}'")
     inputs = {
-        parameter: [_source(binding, types, f"{where}: input '{parameter}'") for binding in argument.arguments]
+        parameter: [_source(binding, scope, f"{where}: input '{parameter}'") for binding in argument.arguments]
         for parameter, argument in message.inputs.items()
     }
     constant = message.type == CONST or message.type.startswith("constexpr_")
@@ -139,30 +152,19 @@ def _step(message: Any, types: dict[str, Type], where: str) -> Step:
             if key != "name":
                 inputs[key] = [Literal(value, f"{where}: '{key}'")]
     _check_inputs(op, inputs, where)
-    blocks = tuple(_nested(one, types, f"{where}, block {index}") for index, one in enumerate(message.blocks))
+    blocks = tuple(_block(one, one.inputs, Scope(scope), f"{where}, block {i}") for i, one in enumerate(message.blocks))
     if bool(blocks) != ("blocks" in op.extras):
         raise InputError(f"{where} has {len(blocks)} nested blocks")
-    typed = tuple((one, read_type(type_, f"{where}: output '{one}'")) for one, type_ in outputs)
-    for one, type_ in typed:
-        _define(one, type_, types, where)
-    return Step(op, message.type, name, where, inputs, typed, blocks, constant)
+    outputs = tuple(_defined(one, scope, where, "output ") for one in message.outputs)
+    return Step(op, message.type, where, inputs, outputs, blocks, constant)
 
 
-def _nested(message: Any, types: dict[str, Type], where: str) -> Block:
-    """A block sees what is outside of it, and nothing outside sees what it defines."""
-    inner = dict(types)
-    inputs = tuple(_declared(one, where) for one in message.inputs)
-    for name, type_ in inputs:
-        _define(name, type_, inner, where)
-    return _block(message, inputs, inner, where)
-
-
-def _source(binding: Any, types: dict[str, Type], where: str) -> Source:
+def _source(binding: Any, scope: Scope, where: str) -> Source:
     if binding.HasField("value"):
         return Literal(binding.value, where)
-    if binding.name not in types:
+    if binding.name not in scope.names:
         raise InputError(f"{where} is '{binding.name}', which nothing before it defines")
-    return Name(binding.name)
+    return Name(scope.names[binding.name])
 
 
 def _check_inputs(op: Op, inputs: dict[str, list[Source]], where: str) -> None:
@@ -181,7 +183,10 @@ def _mark_frees(block: Block) -> None:
     mine = {name for name, _ in block.inputs}
     mine.update(name for step in block.steps if not step.constant for name, _ in step.outputs)
     kept = set(block.outputs)
+    freed: set[str] = set()
     for step in reversed(block.steps):
         names = {*step.uses(), *(name for name, _ in step.outputs)}
         step.frees = tuple(sorted((names & mine) - kept))
+        freed.update(step.frees)
         kept |= names
+    block.own = tuple(sorted(mine - freed))

@@ -63,7 +63,7 @@ def band_part(x: np.ndarray, lower: Any = -1, upper: Any = -1) -> np.ndarray:
 def cumsum(x: np.ndarray, axis: Any = 0, exclusive: Any = False, reverse: Any = False) -> np.ndarray:
     along = axis_of(axis, x.ndim)
     source = np.flip(x, along) if reverse else x
-    total = np.cumsum(source, axis=along, dtype=x.dtype)
+    total = np.cumsum(source, axis=along, dtype=np.float64 if x.dtype.kind == "f" else x.dtype)
     if exclusive:
         total = np.roll(total, 1, axis=along)
         total[(slice(None),) * along + (slice(0, 1),)] = 0
