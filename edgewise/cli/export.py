@@ -25,6 +25,10 @@ def export(
     precision: Annotated[
         str | None, typer.Option("--precision", metavar="fp32|fp16", help="Of the stored weights. Default: fp32.")
     ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", metavar="DEVICE", help="Build for this device ahead of time: sm86, sm89, sm120, ... Repeatable."),
+    ] = None,
     calib: Annotated[
         str | None, typer.Option("--calib", metavar="SRC", help="Calibration data, for precisions that need some.")
     ] = None,
@@ -62,6 +66,7 @@ def export(
             compress=compress or defaults.compress,
             precision=precision or defaults.precision,
             calibration=calib,
+            devices=device or defaults.devices,
             input_shapes=parse_shapes(input_shapes) if input_shapes else defaults.input_shapes,
             batch=defaults.batch if batch is None else batch,
             seed=defaults.seed if seed is None else seed,

@@ -16,12 +16,13 @@ _MOST_BYTES = 1 << 20
 
 
 class Recipe(Strict):
-    """What was asked of an export. `input_shapes` by input name."""
+    """What was asked of an export. `input_shapes` by input name; `devices` that artifacts are built for ahead of time."""
 
     model: str
     compress: tuple[str, ...] = ()
     targets: tuple[str, ...]
     precision: str = "fp32"
+    devices: tuple[str, ...] = ()
     input_shapes: dict[str, tuple[int, ...]] = {}
     batch: int = 1
     seed: int = 0

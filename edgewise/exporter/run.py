@@ -18,6 +18,8 @@ from edgewise.passes.realisations import REALISATIONS, SCATTER
 from edgewise.verify.metrics import Errors, compare, worst
 
 Outputs = dict[str, np.ndarray]
+Choice = Tensor | list[Tensor | None]
+"""What a selection or matching gives: indices, or several of them, without those that nothing uses."""
 
 
 class Runner(fx.Interpreter):
@@ -45,10 +47,12 @@ class Runner(fx.Interpreter):
         """The smallest difference between two scores whose order decided something, over all runs; exact ties, which go to
         the lowest index everywhere, are left out."""
         self.checked: dict[str, dict[str, Errors]] = {}
+        self._forced: Mapping[str, Choice] = {}
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Outputs:
-        """Run once; gives the named outputs as arrays."""
-        self.decisions = {}
+    def __call__(self, inputs: Mapping[str, Tensor], forced: Mapping[str, Choice] | None = None) -> Outputs:
+        """Run once; gives the named outputs as arrays. `forced`: what selections and matchings give, by node name, instead of
+        what they would choose."""
+        self.decisions, self._forced = {}, forced or {}
         values = [inputs[name] if name in inputs else self._weights[name] for name in self._placeholders]
         with torch.no_grad():
             flat = self.run(*values)
@@ -60,6 +64,8 @@ class Runner(fx.Interpreter):
         # As the base does, and with the function behind a compression op, but without what torch keeps in globals meanwhile (the
         # node that runs, annotations): another thread may be rewriting graphs.
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.name in self._forced:
+            return self._forced[n.name]
         if is_compression_op(n):
             value = REALISATIONS[op_name(n)][SCATTER](*args, **kwargs)
         else:
@@ -67,7 +73,7 @@ class Runner(fx.Interpreter):
         if is_compression_op(n):
             self.margin = min(self.margin, _margin(op_name(n), args))
             self._check(n, value)
-        if is_compression_op(n) and op_name(n) in _DECIDING:
+        if is_compression_op(n) and op_name(n) in DECIDING:
             kept = value[0] if isinstance(value, (tuple, list)) else value
             self.decisions[n.name] = kept.numpy()
         return value
@@ -84,7 +90,7 @@ class Runner(fx.Interpreter):
                 known[f"{op}.{i}"] = worst([known[f"{op}.{i}"], errors] if f"{op}.{i}" in known else [errors])
 
 
-_DECIDING = ("bipartite_match", "top_tokens", "order_tokens", "farthest_points", "determinantal")
+DECIDING = ("bipartite_match", "top_tokens", "order_tokens", "farthest_points", "determinantal")
 
 
 def _margin(op: str, args: Any) -> float:

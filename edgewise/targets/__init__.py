@@ -17,6 +17,7 @@ _TARGETS = {
     "coreml-topk": "edgewise.targets.coreml:CoreMLTopK",
     "onnxruntime": "edgewise.targets.onnxruntime:OnnxRuntime",
     "openvino": "edgewise.targets.openvino:OpenVino",
+    "tensorrt": "edgewise.targets.tensorrt:TensorRT",
 }
 
 

@@ -150,6 +150,8 @@ class Target(ABC):
     precisions: ClassVar[tuple[str, ...]]
     # For every compression op, the realisations that the target can run, fastest first.
     realisations: ClassVar[dict[str, tuple[str, ...]]]
+    ahead_of_time: ClassVar[bool] = False
+    """Whether it can build for a device that is not there (`for_devices`)."""
 
     def check(self, *, runtime_only: bool = False) -> list[str]:
         """Warnings about packages whose version was not tested.
@@ -170,6 +172,11 @@ class Target(ABC):
         """Raise `InputError` with the nearest name if the target has no such precision."""
         if precision not in self.precisions:
             raise unknown(f"precision of target {self.name}", precision, self.precisions)
+
+    def for_devices(self, devices: Sequence[str]) -> Target:
+        """The target that also builds what runs on these devices and nowhere else. Raises `InputError` for an unknown device, and
+        where the target builds nothing ahead of time, as here."""
+        raise InputError(f"target {self.name} builds nothing for a device ahead of time: leave out {', '.join(devices)}")
 
     def tolerance(self, precision: str) -> Tolerance:
         """What artifacts of this precision are held to. Here: of single-precision arithmetic, whatever the storage."""

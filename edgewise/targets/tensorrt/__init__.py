@@ -1,0 +1,101 @@
+"""The target `tensorrt`: NVIDIA Jetson and RTX, through a strongly typed ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgewise.errors import MissingExtra
+from edgewise.targets.base import Requirement, Session, Target, Tolerance
+from edgewise.targets.tensorrt import rtx
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+
+class TensorRT(Target):
+    """One `.onnx` file, or two above 1.8 GB, that says the type of every operation with explicit casts: TensorRT builds a strongly
+    typed network of it. With `fp16` matrix products and what lies between them compute in half precision; norms, softmax and
+    all that scores and chooses tokens compute in single precision."""
+
+    name = "tensorrt"
+    description = "strongly typed ONNX for TensorRT 10 and newer, on NVIDIA Jetson and RTX"
+    suffixes = (".onnx",)
+    requirements = (
+        Requirement("onnxruntime", minimum="1.20.0", tested="1.32.0", extra="onnxruntime"),
+        Requirement("onnx", minimum="1.17.0", tested="1.23.2", extra="export", runtime=False),
+        Requirement("onnxscript", minimum="0.5.0", tested="0.7.2", extra="export", runtime=False),
+        Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
+    )
+    precisions = ("fp32", "fp16")
+    # TensorRT does not say which of equal values its TopK takes first, and takes no more than 3840 of them: choices are made
+    # by comparison, which leaves no freedom. Rows are gathered.
+    realisations = {
+        "top_tokens": ("sort_free", "scatter"),
+        "bipartite_match": ("sort_free", "scatter"),
+        "take": ("topk", "scatter"),
+        "merge": ("topk", "scatter"),
+        "order_tokens": ("sort_free", "scatter"),
+        "farthest_points": ("loop", "topk", "scatter"),
+        "determinantal": ("loop", "topk", "scatter"),
+    }
+
+    ahead_of_time = True
+
+    def __init__(self, devices: Sequence[str] = ()) -> None:
+        self.devices = tuple(dict.fromkeys(devices))
+
+    def tolerance(self, precision: str) -> Tolerance:
+        """Of half-precision arithmetic, whose numbers have 11 bits, for `fp16`."""
+        return Tolerance(relative=1e-2, near_tie=1e-2) if precision == "fp16" else Tolerance()
+
+    def check(self, *, runtime_only: bool = False) -> list[str]:
+        warnings = super().check(runtime_only=runtime_only)
+        if not runtime_only:
+            try:
+                drift = rtx.BINDINGS.check()
+            except MissingExtra as missing:
+                drift = f"not parsed by NVIDIA's parser: {missing}"
+            warnings += [drift] if drift else []
+        return warnings
+
+    def versions(self, *, runtime_only: bool = False) -> dict[str, str]:
+        known = super().versions(runtime_only=runtime_only)
+        version = rtx.BINDINGS.installed
+        return known if runtime_only or version is None else {**known, rtx.BINDINGS.package: version}
+
+    def for_devices(self, devices: Sequence[str]) -> TensorRT:
+        """Devices are compute capabilities of RTX PCs (`sm86`); raises `MissingExtra` without the extra `tensorrt-rtx`."""
+        for device in devices:
+            rtx.check_device(device)
+        return TensorRT(devices)
+
+    def lower(
+        self,
+        exported: ExportedProgram,
+        folder: Path,
+        stem: str,
+        *,
+        precision: str,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+    ) -> list[Path]:
+        """See `Target.lower`. Where the extra `tensorrt-rtx` is installed the file is parsed by NVIDIA's parser; raises
+        `InputError` if it is rejected."""
+        from edgewise.targets.tensorrt.lower import lower
+
+        self.check()
+        self.check_precision(precision)
+        files, origins = lower(exported, folder, stem, precision, input_names, output_names)
+        if rtx.installed() and not self.devices:
+            rtx.parse(files[0], origins)
+        for device in self.devices:
+            files += rtx.build(files[0], device, origins)
+        return files
+
+    def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
+        from edgewise.targets.onnxruntime.session import OnnxRuntimeSession
+
+        self.check(runtime_only=True)
+        return OnnxRuntimeSession(files, threads=threads)

@@ -1,0 +1,172 @@
+"""NVIDIA's own parser and builder on what the target `tensorrt` writes, and what is said where they refuse. They need no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import tensorrt_cases
+import torch
+from conftest import Cli
+from onnx import TensorProto, helper
+from tensorrt_cases import METHODS, lowered
+from tiny_programs import CASES, case
+from torch import nn
+
+import edgewise
+from edgewise import targets
+from edgewise.errors import InputError, MissingExtra
+from edgewise.targets.tensorrt import engine, rtx
+
+needs_rtx = pytest.mark.skipif(not rtx.installed(), reason="needs the extra tensorrt-rtx, which has no package for this platform")
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", ["block", "masked_block", "convolutions", "odd"])
+def test_programs_are_parsed(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    one = CASES[name]()
+    for precision in ("fp32", "fp16"):
+        assert rtx.parse(lowered(one.exported, tmp_path, precision, len(one.feeds), len(one.expected))) > 5
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_parsed_and_built(name: str, tmp_path: Path) -> None:
+    model, x = tensorrt_cases.method(name)
+    path = lowered(torch.export.export(model, (x,), strict=False), tmp_path, "fp16")
+    plan, note = rtx.build(path, "sm86")
+    assert plan.stat().st_size > 10_000
+    rtx.check_engine(plan, "sm86", path)
+    assert note.name == "m-fp16.sm86.engine.json"
+
+
+@needs_rtx
+@pytest.mark.parametrize("spec", ["tome:keep=0.5", "topk:keep=0.5"])
+@pytest.mark.parametrize("family", ["vit", "ast"])
+def test_families_are_built(family: str, spec: str, tmp_path: Path) -> None:
+    from families import build
+
+    model, inputs = build(family, small=True)
+    bundle = edgewise.export(
+        model, tmp_path / "b", example=inputs, targets=["tensorrt"], compress=spec, devices=["sm86", "sm120"], cache=False
+    )  # fmt: skip
+    artifact = bundle.manifest.targets[0]
+    names = [Path(name).name.partition(".")[2] for name in artifact.files]
+    assert names == ["onnx", "sm86.engine", "sm86.engine.json", "sm120.engine", "sm120.engine.json"]
+    assert artifact.versions[rtx.BINDINGS.package] == rtx.BINDINGS.installed
+    rtx.check_engine(bundle.file(artifact.files[1]), "sm86", bundle.file(artifact.files[0]))
+
+
+@needs_rtx
+def test_engines_for_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = case(nn.Linear(8, 8), torch.randn(1, 8))
+    path = lowered(one.exported, tmp_path)
+    plan, note = rtx.build(path, "sm89")
+    again = rtx.build(path, "sm89")[0].read_bytes()
+    assert again == plan.read_bytes()
+    with pytest.raises(InputError, match=r"built for device sm89, and here is sm86; export the model again with --device sm86"):
+        rtx.check_engine(plan, "sm86", path)
+    for damage, message in (
+        (lambda: note.write_text(note.read_text().replace(rtx.package().__version__, "1.6.0.1")), "built for tensorrt-rtx 1.6.0.1"),
+        (lambda: path.write_bytes(path.read_bytes() + b"\0\0"), "from another model than m-fp32.onnx"),
+        (lambda: plan.write_bytes(plan.read_bytes()[:-5]), "is damaged"),
+        (lambda: note.write_text("[]"), "does not say what"),
+        (note.unlink, "does not say what"),
+    ):
+        kept = {file: file.read_bytes() for file in (plan, note, path)}
+        damage()
+        with pytest.raises(InputError, match=message):
+            rtx.check_engine(plan, "sm89", path)
+        for file, data in kept.items():
+            file.write_bytes(data)
+
+
+@needs_rtx
+def test_devices_that_cannot_be(cli: Cli, tmp_path: Path) -> None:
+    out = ["-o", tmp_path / "b"]
+    cli("export", "demo:digits", "--target", "tensorrt", "--device", "sm88", *out).refused("unknown device 'sm88'", "sm86", "sm120")
+    cli("export", "demo:digits", "--target", "tensorrt", "--device", "sm87", *out).refused("Jetson Orin", "edgewise bench")
+    cli("export", "demo:digits", "--target", "openvino", "--device", "sm86", *out).refused("openvino builds nothing for a device")
+    assert not (tmp_path / "b").exists()
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No engine, and a warning in the manifest that the parser did not see the artifact."""
+    absent = type(rtx.BINDINGS)("no-such-package", "1", "1", extra=rtx.EXTRA, runtime=False)
+    monkeypatch.setattr(rtx, "BINDINGS", absent)
+    with pytest.raises(MissingExtra, match=r'pip install "edgewise\[tensorrt-rtx\]"'):
+        targets.get("tensorrt").for_devices(["sm86"])
+    assert any("not parsed by NVIDIA's parser" in warning for warning in targets.get("tensorrt").check())
+    assert not any("parser" in warning for warning in targets.get("tensorrt").check(runtime_only=True))
+    lowered(case(nn.Linear(8, 8), torch.randn(1, 8)).exported, tmp_path)
+
+
+@needs_rtx
+def test_weights_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above 2 GB: the parser finds the second file, and its absence is named."""
+    from edgewise.targets.onnx import lower
+
+    monkeypatch.setattr(lower, "EXTERNAL_ABOVE", 10_000)
+    torch.manual_seed(0)
+    path = lowered(CASES["block"]().exported, tmp_path, outputs=2)
+    assert path.with_name(path.name + ".data").exists() and rtx.build(path, "sm86")[0].exists()
+    path.with_name(path.name + ".data").unlink()
+    with pytest.raises(InputError, match=r"TensorRT-RTX 1\.7.* cannot read .*m-fp32.onnx") as caught:
+        rtx.parse(path)
+    assert "m-fp32.onnx.data" in str(caught.value)
+
+
+def model_of(path: Path, op: str, inputs: dict[str, tuple[int, list[int]]], output: tuple[int, list[int | str]], *,
+             constants: dict[str, list[int]] | None = None, opset: int = 20, **attributes: object) -> Path:  # fmt: skip
+    outs = ["y", "z"][: 2 if op == "TopK" else 1]
+    node = helper.make_node(op, [*inputs, *(constants or {})], outs, name="the/node", **attributes)
+    values = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()]
+    outputs = [helper.make_tensor_value_info(node.output[-1], *output)]
+    weights = [helper.make_tensor(k, TensorProto.INT64, [len(v)], v) for k, v in (constants or {}).items()]
+    graph = helper.make_graph([node], "g", values, outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
+    return path
+
+
+@needs_rtx
+def test_refusals_say_where_and_how_to_mend(tmp_path: Path) -> None:
+    from edgewise.targets.tensorrt.origin import Origin
+
+    origins = {"the/node": Origin("scatter", "aten.scatter_add", "legalise:merge", "model.py:12, in forward: x.scatter_add(...)")}
+    floats, ints = TensorProto.FLOAT, TensorProto.INT64
+    path = model_of(tmp_path / "s.onnx", "Det", {"x": (floats, [4, 4])}, (floats, []))
+    with pytest.raises(InputError) as caught:
+        rtx.parse(path, origins)
+    for word in ("cannot read", "Det", "aten.scatter_add", "legalise:merge", "model.py:12", "way round: TensorRT has no det"):
+        assert word in str(caught.value), caught.value
+    values = {"x": (floats, [1, 8]), "i": (ints, [1, 4]), "u": (floats, [1, 4])}
+    scatter = model_of(tmp_path / "t.onnx", "ScatterElements", values, (floats, [1, 8]), axis=1, reduction="add")
+    with pytest.raises(InputError, match=r"ScatterElements: Unsupported reduction type\n    way round: .*one-hot"):
+        rtx.parse(scatter)
+    topk = model_of(tmp_path / "k.onnx", "TopK", {"x": (floats, [1, 6000])}, (ints, [1, 5000]), constants={"k": [5000]})
+    assert rtx.parse(topk) > 0  # the parser takes it, and the builder does not
+    with pytest.raises(InputError, match=r"cannot build k\.onnx for sm86:\n.*K exceeds the maximum value allowed .3840."):
+        rtx.build(topk, "sm86", origins)
+    (tmp_path / "noise.onnx").write_bytes(b"\xff" * 400)
+    for name in ("noise.onnx", "absent.onnx"):
+        with pytest.raises(InputError, match=f"cannot read .*{name}"):
+            rtx.parse(tmp_path / name)
+    assert not list(tmp_path.glob("*.engine*"))
+
+
+@needs_rtx
+def test_a_rejected_artifact_ends_the_export(tmp_path: Path, cli: Cli) -> None:
+    class Sorted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(1, 8).scatter_add(1, x.long() % 8, x)
+
+    with pytest.raises(InputError, match=r"ScatterElements") as caught:
+        edgewise.export(Sorted(), tmp_path / "b", example=(torch.rand(1, 4) * 8,), targets=["tensorrt"], cache=False)
+    assert "way round" in str(caught.value) and not (tmp_path / "b").exists()
+
+
+def test_messages_lose_nvidias_paths() -> None:
+    text = "IBuilder: Error Code 4: API Usage Error (t: K exceeds (3840). In check at /_src/a.cpp:1066 In analyze at /_src/b.cpp:2)"
+    assert engine._plain(text) == "IBuilder: Error Code 4: API Usage Error (t: K exceeds (3840).)"
