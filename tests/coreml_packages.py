@@ -94,3 +94,44 @@ def from_torch(
     path = folder / f"{name}.mlpackage"
     model.save(str(path))
     return path
+
+
+def stateful(folder: Path) -> Path:
+    """`total += x0`, kept between runs; gives `2 * total`, three halves."""
+    import torch
+
+    class Counter(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(3))
+
+        def forward(self, x: Any) -> Any:
+            self.total.add_(x)
+            return self.total * 2.0
+
+    return from_torch(folder, Counter(), (torch.zeros(3),), half=True, target=ct.target.iOS18, name="stateful")
+
+
+def flexible(folder: Path, kind: str) -> Path:
+    """`2 * x.sum(-1)` for shapes (2, 3) and (4, 5) if `kind` is "enumerated", or of 1 to 4 by 3 to 9 if it is "range"."""
+    import torch
+
+    class Sum(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return (x * 2).sum(-1)
+
+    shape = ct.Shape(shape=(ct.RangeDim(1, 4, default=2), ct.RangeDim(3, 9, default=3)))
+    if kind == "enumerated":
+        shape = ct.EnumeratedShapes(shapes=[(2, 3), (4, 5)], default=(2, 3))
+    dims = {0: torch.export.Dim("n", min=1, max=8), 1: torch.export.Dim("m", min=2, max=16)}
+    exported = torch.export.export(Sum(), (torch.zeros(2, 3),), dynamic_shapes=(dims,)).run_decompositions({})
+    model = ct.convert(
+        exported,
+        inputs=[ct.TensorType(name="x", shape=shape)],
+        minimum_deployment_target=ct.target.iOS17,
+        compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
+    )
+    path = folder / f"{kind}.mlpackage"
+    model.save(str(path))
+    return path

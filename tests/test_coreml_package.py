@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Cli
-from coreml_packages import ct, from_mil, mb
+from coreml_packages import ct, flexible, from_mil, mb, stateful, types
 
 import edgewise
 from edgewise.errors import InputError
@@ -58,6 +58,45 @@ def looping(x: Any) -> Any:
     )
 
 
+def various(x: Any) -> Any:
+    """What `small` does not have, in half precision."""
+    h = np.float16
+    y = mb.max_pool(x=x, kernel_sizes=[2, 2], strides=[2, 2], pad_type="custom", pad=[1, 1, 1, 1], ceil_mode=True)
+    y = mb.conv_transpose(x=y, weight=f(2, 3, 3, 3).astype(h), strides=[2, 2], pad_type="valid")
+    y = mb.resize_bilinear(x=y, target_size_height=4, target_size_width=5, sampling_mode="UNALIGN_CORNERS")
+    y = mb.dequantize(input=mb.quantize(input=y, scale=h(0.1), output_dtype="int8"), scale=h(0.1))
+    rows = mb.reshape(x=y, shape=[12, 5])
+    lut = mb.constexpr_lut_to_dense(indices=UINT2, lut=f(1, 1, 4, 1).astype(h))
+    sparse = mb.constexpr_sparse_to_dense(nonzero_data=f(3).astype(h), mask=MASK)
+    rows = mb.add(x=mb.linear(x=rows, weight=lut), y=sparse)
+    first, second = mb.split(x=rows, num_splits=2, axis=0)
+    rows = mb.scatter(
+        data=first,
+        indices=np.array([0, 2, 2], np.int32),
+        updates=mb.slice_by_size(x=second, begin=[0, 0], size=[3, 6]),
+        axis=0,
+        mode="add",
+    )
+    rows = mb.scatter_nd(
+        data=rows,
+        indices=np.array([[1], [4]], np.int32),
+        updates=mb.gather_nd(x=second, indices=[[0], [5]]),
+        mode="update",
+    )
+    rows = mb.mul(
+        x=rows, y=mb.one_hot(indices=[0, 1, 2, 3, 4, 5], one_hot_vector_size=6, on_value=h(1), off_value=h(2))
+    )
+    rows = mb.reverse_sequence(
+        x=mb.band_part(x=rows, lower=3, upper=2), lengths=[1, 2, 3, 4, 5, 6], seq_axis=1, batch_axis=0
+    )
+    q = mb.reshape(x=mb.pad(x=rows, pad=[0, 0, 1, 1], mode="reflect"), shape=[1, 2, 3, 8])
+    return mb.scaled_dot_product_attention(query=q, key=q, value=mb.cumsum(x=q, axis=2))
+
+
+UINT2 = RNG.integers(0, 4, (6, 5)).astype(types.nptype_from_builtin(types.uint2))
+MASK = np.array([1, 0, 0, 1, 1, 0], np.uint8).astype(types.nptype_from_builtin(types.uint1))
+
+
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return from_mil(tmp_path_factory.mktemp("small"), small, {"x": np.ones((1, 2, 6, 6), np.float32)})
@@ -66,6 +105,14 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return from_mil(tmp_path_factory.mktemp("loop"), looping, {"x": np.ones((3, 4), np.float32)})
+
+
+@pytest.fixture(scope="module")
+def zoo(package: Path, loop: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Small packages that together have most of what there is."""
+    folder = tmp_path_factory.mktemp("zoo")
+    others = from_mil(folder, various, {"x": np.ones((1, 2, 6, 6), np.float16)})
+    return [package, loop, others, stateful(folder), flexible(folder, "range"), flexible(folder, "enumerated")]
 
 
 @pytest.fixture
@@ -434,12 +481,12 @@ def test_the_verb_run(package: Path, copy: Path, tmp_path: Path, cli: Cli) -> No
     cli("run", tmp_path / "none.mlpackage", "--inputs", tmp_path / "x.npz").refused("does not exist")
 
 
-def test_damaged_packages_end_in_an_error_of_ours(package: Path, loop: Path) -> None:
+def test_damaged_packages_end_in_an_error_of_ours(zoo: list[Path]) -> None:
     """Some thousands of packages with flipped bits, cut and spliced files, and changed fields: see `coreml_fuzz.py`."""
     script = Path(__file__).with_name("coreml_fuzz.py")
     path = [str(Path(edgewise.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": "error"}
-    command = [sys.executable, str(script), "1", "2400", str(package), str(loop)]
+    command = [sys.executable, str(script), "1", "2400", *map(str, zoo)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coreml_packages import ct, from_mil, from_torch, mb
+from coreml_packages import ct, flexible, from_mil, mb, stateful
 from torch import nn
 
 from edgewise.errors import InputError
@@ -172,18 +172,8 @@ def test_values_are_freed_after_their_last_use(tmp_path: Path) -> None:
         InterpreterSession(path, max_bytes=array.nbytes + 4096).run({"a": array})
 
 
-class Counter(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("total", torch.zeros(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.total.add_(x)
-        return self.total * 2.0
-
-
 def test_states_are_kept_between_runs_and_reset(tmp_path: Path) -> None:
-    path = from_torch(tmp_path, Counter(), (torch.zeros(3),), half=True, target=ct.target.iOS18)
+    path = stateful(tmp_path)
     session = InterpreterSession(path)
     assert [info.name for info in session.inputs] == ["x0"]
     (name,) = session.states
@@ -243,28 +233,9 @@ def test_a_classifier_gives_its_label_and_probabilities(tmp_path: Path) -> None:
     np.testing.assert_allclose(probabilities, torch.tensor([0.0, 2, 1]).softmax(0), rtol=1e-6)
 
 
-class Sum(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x * 2).sum(-1)
-
-
 @pytest.mark.parametrize("kind", ["enumerated", "range"])
 def test_shapes_that_may_vary(kind: str, tmp_path: Path) -> None:
-    if kind == "enumerated":
-        shape = ct.EnumeratedShapes(shapes=[(2, 3), (4, 5)], default=(2, 3))
-    else:
-        shape = ct.Shape(shape=(ct.RangeDim(1, 4, default=2), ct.RangeDim(3, 9, default=3)))
-    dims = {0: torch.export.Dim("n", min=1, max=8), 1: torch.export.Dim("m", min=2, max=16)}
-    exported = torch.export.export(Sum(), (torch.zeros(2, 3),), dynamic_shapes=({**dims},)).run_decompositions({})
-    model = ct.convert(
-        exported,
-        inputs=[ct.TensorType(name="x", shape=shape)],
-        minimum_deployment_target=ct.target.iOS17,
-        compute_precision=ct.precision.FLOAT32,
-        skip_model_load=True,
-    )
-    path = tmp_path / "flexible.mlpackage"
-    model.save(str(path))
+    path = flexible(tmp_path, kind)
     session = InterpreterSession(path)
     assert session.inputs[0].shape == (2, 3)
     for size in ((2, 3), (4, 5)):
