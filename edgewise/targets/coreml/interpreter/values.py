@@ -204,10 +204,10 @@ def _from_bytes(data: np.ndarray, dtype: DType, size: int, where: str) -> np.nda
         return data != 0
     if dtype.bits >= 8:
         return data.view(dtype.stored)
-    return _unpacked(data, dtype.bits, dtype.name == "int4")[:size]
+    return unpacked(data, dtype.bits, dtype.name == "int4")[:size]
 
 
-def _unpacked(data: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+def unpacked(data: np.ndarray, bits: int, signed: bool) -> np.ndarray:
     """Elements of less than a byte each, the first in the lowest bits."""
     group = 3 if 8 % bits else 1  # bytes after which elements and bytes end together
     padded = np.zeros(-(-data.size // group) * group, np.uint8)

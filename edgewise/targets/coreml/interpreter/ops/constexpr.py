@@ -9,7 +9,7 @@ import numpy as np
 from edgewise.errors import InputError
 from edgewise.targets.coreml.interpreter.ops.quantize import along_axis
 from edgewise.targets.coreml.interpreter.registry import Out, axis_of, op, wholes
-from edgewise.targets.coreml.interpreter.values import _unpacked
+from edgewise.targets.coreml.interpreter.values import unpacked
 
 
 @op("constexpr_affine_dequantize")
@@ -34,10 +34,10 @@ def lut_to_dense(
         sizes = out.promise(wholes(shape))
         bits = int(lut.size - 1).bit_length() if lut.size > 1 else 1
         count = int(np.prod(sizes, dtype=np.int64))
-        unpacked = _unpacked(indices, bits, False)
-        if unpacked.size < count:
+        flat = unpacked(indices, bits, False)
+        if flat.size < count:
             raise InputError(f"{indices.size} bytes for {count} indices of {bits} bits")
-        return np.take(lut, unpacked[:count]).reshape(sizes)
+        return np.take(lut, flat[:count]).reshape(sizes)
     return _by_palettes(indices, lut, vector_axis, out)
 
 
@@ -87,7 +87,7 @@ def sparse_to_dense(nonzero_data: np.ndarray, mask: np.ndarray, shape: Any = Non
     """Elements where a mask of bits is set, zero elsewhere. Until iOS 16 the mask is packed, with `shape`."""
     sizes = out.promise(mask.shape if shape is None else wholes(shape))
     count = int(np.prod(sizes, dtype=np.int64))
-    bits = mask if shape is None else _unpacked(mask, 1, False)[:count]
+    bits = mask if shape is None else unpacked(mask, 1, False)[:count]
     return _scattered(nonzero_data, bits.reshape(sizes))
 
 

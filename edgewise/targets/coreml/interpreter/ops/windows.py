@@ -92,9 +92,11 @@ def padded(x: np.ndarray, pads: Sequence[tuple[int, int]], value: float, out: Ou
 
 
 def windows(x: np.ndarray, how: Geometry, places: Sequence[int]) -> np.ndarray:
-    """A view `(N, C, *places, *kernel)` of a padded `x (N, C, *spatial)`; every window must lie inside."""
+    """A view `(N, C, *places, *kernel)` of a padded `x (N, C, *spatial)`. Raises `InputError` if a window lies beyond it."""
     for size, extent, stride, count in zip(x.shape[2:], how.extent, how.strides, places, strict=True):
-        assert count > 0 and (count - 1) * stride + extent <= size, "a window outside of its tensor"
+        # What is not checked here would read beyond the array.
+        if count < 1 or (count - 1) * stride + extent > size:
+            raise InputError(f"{count} windows of {extent} by {stride} do not lie within {size} elements")
     across = x.strides[2:]
     moves = [step * stride for step, stride in zip(across, how.strides, strict=True)]
     spread = [step * dilation for step, dilation in zip(across, how.dilations, strict=True)]
