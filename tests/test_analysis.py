@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, build
 from handmade import Shape, make
 from test_families import capture, captured
 from torch import Tensor, nn
 
 from edgewise.errors import EdgewiseError
+from edgewise.passes import cleanup
 from edgewise.passes.program import Program, compress
 
 
@@ -144,3 +145,13 @@ def test_a_stream_of_four_dimensions_is_refused() -> None:
     for spec in ("tome:r=2", "topk:keep=4"):
         with pytest.raises(EdgewiseError, match="stream of 4 dimensions"):
             compress(program, spec)
+
+
+def test_a_dead_mask_that_is_spread_over_many_samples_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the batch in it, it is too large to be folded; it masks nothing all the same."""
+    monkeypatch.setattr(cleanup, "MAX_FOLDED_ELEMENTS", 2 * 37 * 37)
+    model, inputs = build("vit", small=True)
+    program = capture(model, {"pixel_values": inputs["pixel_values"].repeat(4, 1, 1, 1)})
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    found = [node for node in program.exported.graph.nodes if node.target is attention]
+    assert len(found) == 3 and all(len(node.all_input_nodes) == 3 for node in found)

@@ -279,6 +279,7 @@ def changed(**arrays: Any) -> Data:
         ([LEARNER], None, {"steps": 0}, "1 step or more"),
         ([LEARNER], None, {"samples": 3}, "16 samples or more"),
         ([LEARNER], None, {"seconds": 0.0}, "some time"),
+        ([LEARNER], None, {"seed": -1}, "seed=-1 is negative"),
     ],
 )
 def test_what_cannot_be_fitted(program: Program, specs: list[str], data: Data | None, known: dict[str, Any], message: str) -> None:

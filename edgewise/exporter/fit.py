@@ -138,6 +138,8 @@ def fit(
     if steps < 1 or samples < LEAST_SAMPLES or (seconds is not None and not seconds > 0):
         raise InputError(f"a fit takes 1 step or more, {LEAST_SAMPLES} samples or more, and some time: steps={steps}, "
                          f"samples={samples}, seconds={seconds}")
+    if seed < 0:
+        raise InputError(f"seed={seed} is negative")
     spec, parsed = find_spec(specs)
     fitting = _Fitting(program, spec, parsed)
     feeds = Feeds(fitting.program, data, samples, seed)

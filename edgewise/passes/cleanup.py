@@ -218,6 +218,8 @@ def _drop_dead_masks(editor: Editor) -> bool:
         if node.target is not aten.scaled_dot_product_attention.default or len(node.args) < 4:
             continue
         mask = node.args[3]
+        while isinstance(mask, fx.Node) and mask.target is aten.expand.default:  # one that was too large to fold for all samples
+            mask = mask.args[0]
         value = editor.constants.get(mask.name) if isinstance(mask, fx.Node) else None
         if value is not None and bool(value.all() if value.dtype == torch.bool else (value == 0).all()):
             node.args = (*node.args[:3], None, *node.args[4:])
