@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cli
+from query_models import build
 
 from edgewise import demos
 from edgewise.errors import InputError
 from edgewise.exporter.compare import Data, compare, parse_keeps
 from edgewise.exporter.compare_report import front
-from edgewise.exporter.sources import load_source
+from edgewise.exporter.sources import Source, load_source
 
 FAST = ("--samples", 8, "--no-latency", "--quiet", "--json")
 DIGITS = ("compare", "demo:digits", "--calib", "demo:digits")
@@ -30,16 +31,46 @@ def found() -> Any:
 
 def test_counts_are_equal_with_the_context_tokens(found: Any) -> None:
     rows = found.rows[1:]
-    assert {row.method for row in rows} == {"random", "pool", "visionzip", "tome", "prumerge"}
-    assert {(row.wanted, row.tokens) for row in rows if row.method != "pool"} == {(50, 50), (21, 21)}
+    assert {row.method for row in rows} == {"smaller input", "random", "pool", "visionzip", "tome", "prumerge"}
+    exact = [row for row in rows if row.method not in ("pool", "smaller input")]
+    assert {(row.wanted, row.tokens) for row in exact} == {(50, 50), (21, 21)}
     assert {(row.wanted, row.tokens) for row in rows if row.method == "pool"} == {(50, 50), (21, 17)}
     zipped = next(row for row in rows if row.method == "visionzip" and row.keep == 20)
     assert zipped.spec == "visionzip:keep=10" and all(row.flops_ratio < 1 for row in rows)
 
 
-def test_what_is_refused_has_its_reason(found: Any) -> None:
-    left = {one.method: one for one in found.left_out}
-    assert "static" in left["smaller input"].reason
+def test_smaller_input_is_the_model_on_smaller_pictures(found: Any) -> None:
+    data, source = demos.split("digits"), load_source("demo:digits")
+    pictures = torch.from_numpy(data.inputs["pixel_values"][np.linspace(0, len(data.labels) - 1, 8).round().astype(int)])
+    rows = [row for row in found.rows if row.method == "smaller input"]
+    assert [(row.wanted, row.tokens) for row in rows] == [(50, 50), (21, 17)]
+    assert source.module is not None
+    for row, side in zip(rows, (7, 4), strict=True):
+        patch = pictures.shape[2] // 14
+        small = torch.nn.functional.interpolate(pictures, (side * patch,) * 2, mode="bilinear", antialias=True)
+        with torch.no_grad():
+            logits = source.module.eval()(pixel_values=small, interpolate_pos_encoding=True).logits.numpy()
+            full = source.module(pixel_values=pictures).logits.numpy()
+        assert row.spec == f"pixel_values={side * patch}x{side * patch}" and row.flops_ratio < 0.3
+        assert row.agreement == (logits.argmax(-1) == full.argmax(-1)).mean()
+        relative = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(logits, full, strict=True)]
+        assert row.relative == pytest.approx(np.mean(relative), rel=1e-4)
+
+
+def test_what_has_no_smaller_input() -> None:
+    model, inputs = build("qformer")  # CLIP's position embeddings have one size
+    speech = load_source("demo:speech")
+    saved = load_source("demo:digits")
+    assert saved.module is not None
+    saved = Source("m.pt2", "", exported=torch.export.export(saved.module, (), saved.kwargs, strict=False), kwargs=saved.kwargs)
+    for source, words in (
+        (Source("clip", "", module=model, kwargs=inputs), "cannot take pictures of"),
+        (speech, "pictures that are cut into a grid"),
+        (saved, "one input size"),
+    ):
+        data = Data("d", {k: np.repeat(v.numpy(), 2, axis=0) for k, v in source.kwargs.items()})
+        made = compare(source, data, [0.5], ["random"], samples=2)
+        assert words in next(one.reason for one in made.left_out if one.method == "smaller input")
 
 
 def test_the_uncompressed_row_is_the_model(found: Any) -> None:
@@ -65,16 +96,17 @@ def test_files_and_json(cli: Cli, tmp_path: Path) -> None:
     assert (tmp_path / "c" / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_latency_is_a_ratio(cli: Cli) -> None:
+def test_latency_is_a_ratio(cli: Cli, tiny: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    said = cli(*DIGITS, "--keep", "0.1", "--method", "random", "--target", "onnxruntime", "--samples", 2)
+    np.savez(tmp_path / "d.npz", pixels=np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32))
+    given = ("compare", f"{tiny}:make", "--calib", tmp_path / "d.npz", "--keep", "0.5", "--method", "random")
+    said = cli(*given, "--target", "onnxruntime")
     assert said.code == 0, said.err
-    assert "over FLOPs" in said.out and "encoder.block[1]" in said.out
-    assert "random, 20 tokens" in said.err
-    said = cli(*DIGITS, "--keep", "0.1", "--method", "random", "--samples", 2, "--json", "--quiet")
-    row = said.document["rows"][1]
-    assert row["latency"]["ratio"] > 0 and row["latency"]["runs"] >= 20
-    assert row["over_flops"] == pytest.approx(row["latency"]["ratio"] - row["flops_ratio"])
+    assert "over FLOPs" in said.out and "encoder.block[0]" in said.out
+    assert "random, 8 tokens" in said.err or "random, 9 tokens" in said.err
+    for row in cli(*given, "--json", "--quiet").document["rows"][1:]:
+        assert row["latency"]["ratio"] > 0 and row["latency"]["runs"] >= 30
+        assert row["over_flops"] == pytest.approx(row["latency"]["ratio"] - row["flops_ratio"])
 
 
 def test_data_without_labels(cli: Cli, tiny: str, tmp_path: Path) -> None:
@@ -82,7 +114,7 @@ def test_data_without_labels(cli: Cli, tiny: str, tmp_path: Path) -> None:
     said = cli("compare", f"{tiny}:make", "--calib", tmp_path / "d.npz", "--keep", "0.5", "--method", "tome", *FAST)
     rows = said.document["rows"]
     assert said.document["samples"] == 3 and [row["method"] for row in rows] == [
-        "uncompressed", "random", "pool", "tome"
+        "uncompressed", "smaller input", "random", "pool", "tome"
     ]
     assert all(row["accuracy"] is None and 0 < row["cosine"] <= 1 for row in rows)
 

@@ -98,9 +98,11 @@ def _show(screen: Screen, found: Comparison) -> None:
     made = table(f"{found.model} on {found.samples} samples of {found.data}", "method", "site", *names, right=tuple(names))
     for one in found.rows:
         row(made, one.method, site_text(one), *cells(one, found))
+    screen.show(made)
     left = table("left out", "method", "keep", "reason", right=("keep",))
     for other in found.left_out:
         row(left, other.method, "any" if other.keep is None else number(other.keep, "g"), other.reason)
-    screen.show(made, left)
+    if found.left_out:
+        screen.show(left)
     for note in found.notes:
         screen.show(f"note: {note}")

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.export import ExportedProgram
 
 from edgewise import targets as target_registry
 from edgewise.errors import CheckFailed, InputError, MissingExtra, Refused
+from edgewise.exporter import smaller_input as smaller
 from edgewise.exporter.capture import capture, from_exported, quiet
 from edgewise.exporter.run import Runner
 from edgewise.exporter.sources import Source
@@ -33,15 +35,8 @@ from edgewise.targets import Session, Target
 from edgewise.verify.metrics import compare as errors_of
 
 BASELINES = ("random", "pool")
-WARMUP, LEAST_RUNS, LEAST_SECONDS = 3, 20, 0.3
+WARMUP, LEAST_RUNS, LEAST_SECONDS = 3, 30, 0.5
 """Of a latency ratio: runs of each artifact that are not counted, and the least that are."""
-SMALLER_INPUT = (
-    "smaller input",
-    None,
-    "the shapes of a captured graph are static and its position embeddings have one size: another size is another "
-    "model. Compare it with a second capture (--input-shapes)",
-)
-
 Progress = Callable[[int, int, str], None]
 
 
@@ -205,49 +200,40 @@ def compare(
     output, scores = _output(reference, feeds, data)
     base_flops = total_flops(program.base)
     specs, left = _applicable(stream, methods)
-    jobs = [(spec, keep, count) for count, keep in zip(counts, keeps, strict=True) for spec in specs]
+    trials = [(spec, keep, count) for count, keep in zip(counts, keeps, strict=True) for spec in (None, *specs)]
     rows = [_measured(Row("uncompressed", "", None, (), stream.tokens, stream.tokens, 1.0), reference[output],
                       reference[output], scores, feeds.labels)]
     refused: set[str] = set()
     with tempfile.TemporaryDirectory() as place:
         base = None if target is None else _lowered(program, program.base, target, Path(place) / "base")
         try:
-            for done, (spec, keep, count) in enumerate(jobs):
-                if spec.text in refused:
+            for done, (spec, keep, count) in enumerate(trials):
+                name = smaller.NAME if spec is None else spec.text
+                if name in refused:
                     continue
-                tell(done, len(jobs), f"{spec.text}, {count} tokens")
+                tell(done, len(trials), f"{name}, {count} tokens")
                 try:
-                    compressed, tokens = _compressed(program, spec, count, stream)
-                    if compressed.added:
-                        raise Refused(f"it takes an input that the data does not give: {', '.join(compressed.added)}. Give a "
-                                      f"file: --method {spec.method.name}:text=FILE", method=spec.method.name)
-                    made = Row(
-                        spec.method.name,
-                        compressed.specs[0].text,
-                        keep,
-                        tuple(step.place.name for step in compressed.steps),
-                        count,
-                        tokens,
-                        total_flops(compressed.exported) / base_flops if base_flops else 1.0,
-                    )
-                    value = feeds.run(compressed.exported, compressed).get(output)
-                    made = _measured(made, reference[output], value, scores, feeds.labels)
+                    if spec is None:
+                        made, fed, row = _at_smaller_input(source, program, stream, feeds, keep, count)
+                    else:
+                        made, row = _compressed(program, spec, count, stream, keep)
+                        fed = feeds
+                    row = replace(row, flops_ratio=total_flops(made.exported) / base_flops if base_flops else 1.0)
+                    row = _measured(row, reference[output], fed.run(made.exported, made).get(output), scores, feeds.labels)
                     if target is not None and base is not None:
-                        folder = Path(place) / f"{done}"
-                        with _lowered(compressed, compressed.exported, target, folder) as session:
-                            latency = interleaved(base, session, feeds.feed(0))
-                        made = replace(made, latency=latency, over_flops=latency.ratio - made.flops_ratio)
+                        with _lowered(made, made.exported, target, Path(place) / f"{done}") as session:
+                            latency = interleaved(base, session, feeds.feed(0), fed.feed(0))
+                        row = replace(row, latency=latency, over_flops=latency.ratio - row.flops_ratio)
                 except (InputError, CheckFailed) as error:
                     always = isinstance(error, Refused)
-                    left.append(Left(spec.text, None if always else keep, _reason(error)))
+                    left.append(Left(name, None if always else keep, _reason(error)))
                     if always:
-                        refused.add(spec.text)
+                        refused.add(name)
                     continue
-                rows.append(made)
+                rows.append(row)
         finally:
             if base is not None:
                 base.close()
-    left.append(Left(*SMALLER_INPUT))
     return Comparison(
         source.name, data.name, feeds.count, feeds.labels is not None, output, stream.name, stream.tokens,
         stream.protected, None if target is None else target.name, tuple(rows), tuple(left),
@@ -302,19 +288,33 @@ def _applicable(stream: Stream, methods: Sequence[str]) -> tuple[list[Spec], lis
     return kept, left
 
 
-def _compressed(program: Program, spec: Spec, wanted: int, stream: Stream) -> tuple[Program, int]:
-    """The program with the spec at the `keep` whose real total is nearest to `wanted`, and that total.
+def _at_smaller_input(source: Source, program: Program, stream: Stream, feeds: Feeds, keep: float | int,
+                      wanted: int) -> tuple[Program, Feeds, Row]:
+    """The model captured at a smaller size, its samples, and what is known of its row."""
+    made = smaller.smaller_input(source, program, stream, wanted)
+    spec = f"{made.input}={made.size[0]}x{made.size[1]}"
+    row = Row(smaller.NAME, spec, keep, (), wanted, made.tokens, 1.0)
+    return made.program, feeds.mapped(made.program, {made.input: made.resize}), row
+
+
+def _compressed(program: Program, spec: Spec, wanted: int, stream: Stream, keep: float | int) -> tuple[Program, Row]:
+    """The program with the spec at the `keep` whose real total is nearest to `wanted`, and what is known of its row.
 
     A method may make context tokens besides the kept, and may not have every count: the first plan that is legal says how
     far its total is from its `keep`, and the second search starts where the total would be right.
     """
     free = stream.tokens - stream.protected
-    keep, total, text = _nearest(program, spec, wanted - stream.protected, free, stream)
+    count, total, text = _nearest(program, spec, wanted - stream.protected, free, stream)
     if total != wanted:
-        other = _nearest(program, spec, keep + wanted - total, free, stream)
+        other = _nearest(program, spec, count + wanted - total, free, stream)
         if abs(other[1] - wanted) < abs(total - wanted):
-            keep, total, text = other
-    return insert(program, text), total
+            count, total, text = other
+    made = insert(program, text)
+    if made.added:
+        raise Refused(f"it takes an input that the data does not give: {', '.join(made.added)}. Give a file: "
+                      f"--method {spec.method.name}:text=FILE", method=spec.method.name)
+    sites = tuple(step.place.name for step in made.steps)
+    return made, Row(spec.method.name, made.specs[0].text, keep, sites, wanted, total, 1.0)
 
 
 def _nearest(program: Program, spec: Spec, ideal: int, free: int, stream: Stream) -> tuple[int, int, str]:
@@ -390,6 +390,13 @@ class Feeds:
             if not np.isfinite(array).all():
                 raise InputError(f"{data.name}: {name} holds NaN or infinity")
 
+    def mapped(self, program: Program, change: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> Feeds:
+        """The same samples for another capture of the model, whose inputs (in the same order) may have other shapes."""
+        made = copy(self)
+        arrays = [change[k](array) if k in change else array for k, array in self.arrays.items()]
+        made.arrays = dict(zip(program.inputs, arrays, strict=True))
+        return made
+
     def feed(self, start: int) -> dict[str, np.ndarray]:
         """The batch from sample `start` on; the last sample fills the last batch up."""
         rows = np.minimum(np.arange(start, start + self.batch), self.count - 1)
@@ -454,15 +461,15 @@ def _lowered(program: Program, exported: ExportedProgram, target: Target, folder
     return target.load(files, threads=1)
 
 
-def interleaved(base: Session, session: Session, feed: dict[str, np.ndarray]) -> Latency:
+def interleaved(base: Session, session: Session, base_feed: dict[str, np.ndarray], feed: dict[str, np.ndarray]) -> Latency:
     """Time two sessions in turn, A, B, A, B, ...: a machine that becomes slower for a while slows both."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(WARMUP):
-        base.run(feed)
+        base.run(base_feed)
         session.run(feed)
     while len(times[0]) < LEAST_RUNS or sum(times[1]) < LEAST_SECONDS:
-        for one, into in zip((base, session), times, strict=True):
+        for one, given, into in zip((base, session), (base_feed, feed), times, strict=True):
             start = time.perf_counter()
-            one.run(feed)
+            one.run(given)
             into.append(time.perf_counter() - start)
     return Latency(statistics.median(times[1]), min(times[1]), statistics.median(times[0]), min(times[0]), len(times[0]))

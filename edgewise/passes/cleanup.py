@@ -255,6 +255,7 @@ def _is_mutable(node: fx.Node) -> bool:
 
 
 _STEPS: tuple[Callable[[Editor], bool], ...] = (
+    Editor.drop_constant_inputs,
     _use_one_name,
     _decompose_einsum,  # first: what it is spelled out as needs the same cleaning as all else
     _drop_no_ops,  # before folding, so that asserts do not hold constants alive

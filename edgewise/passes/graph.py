@@ -36,6 +36,8 @@ class Editor:
         self.constants: dict[str, Any] = dict(program.constants)
         self.added: dict[str, Tensor] = {}
         """Inputs that the caller has to feed besides the captured ones, by name, with an example each."""
+        self.dropped: set[int] = set()
+        """Which of the captured inputs, counted in the order of the call, are inputs no more."""
         self.fake_mode = fake_mode_of(program)
 
     def add_constant(self, value: Tensor, hint: str) -> fx.Node:
@@ -60,6 +62,27 @@ class Editor:
         self.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
         self.added[node.name] = example
         return node
+
+    def drop_constant_inputs(self) -> bool:
+        """Take away the inputs that are no tensors (a flag, a size): what they decide is in the graph. Tells if there were any.
+
+        An argument inside of a container that is no plain list, tuple or dict stays.
+        """
+        nodes = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+        given = [spec for spec in self.input_specs if spec.kind == InputKind.USER_INPUT]
+        constant = {i for i, spec in enumerate(given) if isinstance(spec.arg, ConstantArgument)
+                    and spec.arg.name in nodes and not nodes[spec.arg.name].users}
+        self.dropped = constant - set(pytree.tree_leaves(_pruned(self._call_tree(), constant)))
+        for i in self.dropped:
+            self.input_specs.remove(given[i])
+            self.graph.erase_node(nodes[given[i].arg.name])  # type: ignore[union-attr]
+        return bool(self.dropped)
+
+    def _call_tree(self) -> Any:
+        """The positional and keyword arguments of the captured call, with a number for each leaf."""
+        root = self.original.module_call_graph[0].signature
+        assert root is not None
+        return pytree.tree_unflatten(range(root.in_spec.num_leaves), root.in_spec)
 
     def inline(self, traced: Traced, operands: Sequence[fx.Node | None], made_by: str,
                source: fx.Node | None = None) -> Any:
@@ -106,24 +129,30 @@ class Editor:
             verifiers=self.original.verifiers)
 
     def _call_graph(self) -> list[ModuleCallEntry]:
-        """How the program is called: as before, with the added inputs as further keyword arguments."""
+        """How the program is called: as before, less the dropped inputs, and with the added ones as further keyword arguments."""
         entries = list(self.original.module_call_graph)
-        if not self.added:
+        if not self.added and not self.dropped:
             return entries
         root = copy.copy(entries[0])
         assert root.signature is not None
         root.signature = copy.copy(root.signature)
-        args, kwargs = pytree.tree_unflatten(range(root.signature.in_spec.num_leaves), root.signature.in_spec)
-        root.signature.in_spec = pytree.tree_structure((args, {**kwargs, **dict.fromkeys(self.added, 0)}))
-        root.signature.inputs = [*root.signature.inputs, *(TensorArgument(name) for name in self.added)]
-        if root.signature.forward_arg_names:
-            root.signature.forward_arg_names = [*root.signature.forward_arg_names, *self.added]
+        args, kwargs = self._call_tree()
+        left, named = _pruned((args, kwargs), self.dropped)
+        root.signature.in_spec = pytree.tree_structure((left, {**named, **dict.fromkeys(self.added, 0)}))
+        kept = [arg for i, arg in enumerate(root.signature.inputs) if i not in self.dropped]
+        root.signature.inputs = [*kept, *(TensorArgument(name) for name in self.added)]
+        if names := root.signature.forward_arg_names:
+            values = [*args, *kwargs.values()]
+            kept_names = [name for name, value in zip(names, values, strict=True) if _pruned(value, self.dropped) is not _GONE]
+            root.signature.forward_arg_names = [*kept_names, *self.added]
         return [root, *entries[1:]]
 
     def _example_inputs(self) -> Any:
-        if not self.added or self.original.example_inputs is None:
-            return self.original.example_inputs
-        args, kwargs = self.original.example_inputs
+        given = self.original.example_inputs
+        if given is None or not (self.added or self.dropped):
+            return given
+        leaves = pytree.tree_leaves(given)
+        args, kwargs = pytree.tree_map(leaves.__getitem__, _pruned(self._call_tree(), self.dropped))
         return args, {**kwargs, **self.added}
 
     def _output_specs(self) -> list[OutputSpec]:
@@ -132,6 +161,18 @@ class Editor:
             arg: Any = TensorArgument(node.name) if isinstance(node, fx.Node) else ConstantArgument("", node)
             specs.append(OutputSpec(spec.kind, arg, spec.target))
         return specs
+
+
+_GONE = object()
+
+
+def _pruned(tree: Any, leaves: set[int]) -> Any:
+    """A tree of numbered leaves without some of them; `_GONE` for one of those."""
+    if type(tree) is dict:
+        return {k: v for k, v in ((k, _pruned(v, leaves)) for k, v in tree.items()) if v is not _GONE}
+    if type(tree) in (list, tuple):
+        return type(tree)(v for v in (_pruned(v, leaves) for v in tree) if v is not _GONE)
+    return _GONE if type(tree) is int and tree in leaves else tree
 
 
 def _has_effect(node: fx.Node) -> bool:
