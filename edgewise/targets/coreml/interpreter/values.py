@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgewise.errors import InputError
+from edgewise.targets.coreml.interpreter.half import to_half
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,6 @@ Type = TensorType | StateType | OtherType
 
 def _class(dtype: np.dtype[Any]) -> str:
     return "i" if dtype.kind in "iu" else dtype.kind
-
-
-def to_half(array: np.ndarray) -> np.ndarray:
-    """Round floats to the nearest half, ties to even, and hold them as float32. Beyond the largest half lies infinity."""
-    return array.astype(np.float16).astype(np.float32)
 
 
 def read_type(message: Any, where: str) -> Type:
