@@ -305,3 +305,19 @@ def test_a_loop_keeps_no_more_than_a_round(tmp_path: Path) -> None:
 
     session = InterpreterSession(from_mil(tmp_path, build, {"a": array}), max_bytes=8 * array.nbytes)
     np.testing.assert_allclose(session.run({"a": array}).popitem()[1], array + 100, rtol=1e-5)
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_an_index_beyond_its_axis(index: int, tmp_path: Path) -> None:
+    """Until iOS 16 a negative index counts from the end; later, the result is not defined."""
+    x = f(3, 4)
+    indices = np.array([0, index], np.int32)
+    for target in (ct.target.iOS16, ct.target.iOS17):
+        session = InterpreterSession(
+            from_mil(tmp_path, lambda x, i: mb.gather(x=x, indices=i, axis=0), {"x": x, "i": indices}, target)
+        )
+        if index < 0 and target == ct.target.iOS16:
+            assert session.run({"x": x, "i": indices}).popitem()[1].tolist() == x[[0, -1]].tolist()
+        else:
+            with pytest.raises(InputError, match=rf"\(gather 'gather_0'\): the index {index} is beyond an axis of 3"):
+                session.run({"x": x, "i": indices})

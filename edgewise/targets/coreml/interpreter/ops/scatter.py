@@ -44,7 +44,7 @@ def scatter(
     updates: np.ndarray,
     axis: Any = 0,
     mode: Any = "add",
-    validate_indices: Any = False,
+    validate_indices: Any = None,
 ) -> np.ndarray:
     """Slices of `data` along an axis; `updates` has the shape of `data` with the axis replaced by those of `indices`."""
     along = axis_of(axis, data.ndim)
@@ -53,7 +53,9 @@ def scatter(
         raise InputError(
             f"updates of shape {list(updates.shape)} for {list(data.shape)} by {list(picked.shape)}, axis {along}"
         )
-    return _combined(data, (slice(None),) * along + (checked(picked, data.shape[along]),), updates, mode)
+    return _combined(
+        data, (slice(None),) * along + (checked(picked, data.shape[along], validate_indices),), updates, mode
+    )
 
 
 @op("scatter_along_axis")
@@ -63,20 +65,20 @@ def scatter_along_axis(
     updates: np.ndarray,
     axis: Any = 0,
     mode: Any = "add",
-    validate_indices: Any = False,
+    validate_indices: Any = None,
 ) -> np.ndarray:
     """An index for every update."""
     along = axis_of(axis, data.ndim)
     if indices.shape != updates.shape or indices.ndim != data.ndim:
         raise InputError(f"indices of shape {list(indices.shape)} and updates of shape {list(updates.shape)}")
     index: list[Any] = list(np.ogrid[tuple(slice(size) for size in indices.shape)])
-    index[along] = checked(indices, data.shape[along])
+    index[along] = checked(indices, data.shape[along], validate_indices)
     return _combined(data, tuple(index), updates, mode)
 
 
 @op("scatter_nd")
 def scatter_nd(
-    data: np.ndarray, indices: np.ndarray, updates: np.ndarray, mode: Any = "add", validate_indices: Any = False
+    data: np.ndarray, indices: np.ndarray, updates: np.ndarray, mode: Any = "add", validate_indices: Any = None
 ) -> np.ndarray:
     """The last axis of `indices` holds where to go on the first axes of `data`."""
     depth = indices.shape[-1]
@@ -84,5 +86,5 @@ def scatter_nd(
         raise InputError(
             f"updates of shape {list(updates.shape)} for {list(data.shape)} by indices of shape {list(indices.shape)}"
         )
-    index = tuple(checked(indices[..., i], data.shape[i]) for i in range(depth))
+    index = tuple(checked(indices[..., i], data.shape[i], validate_indices) for i in range(depth))
     return _combined(data, index, updates, mode)
