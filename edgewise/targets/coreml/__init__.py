@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-HALF_RELATIVE = 2e-2
-"""Largest relative error of arithmetic in half precision. Each op rounds to 2^-11; models of a dozen blocks were seen at 1e-3 to 4e-3."""
-HALF_NEAR_TIE = 1e-2
-"""Two scores that are nearer than this may change places."""
+TOLERANCES = {"fp16": (2e-2, 1e-2), "w8a16": (0.1, 0.05), "w4a16": (0.5, 0.2)}
+"""Largest relative error, and how near two scores may be to change places. Half precision rounds at each op to 2^-11: models of a
+dozen blocks were seen at 1e-3 to 5e-3. The error of quantised weights is for the most part that of the weights, whose own values
+the lowering checks; how much of it a model bears, its accuracy tells (`edgewise verify --data`)."""
 
 _OPS = (
     *("top_tokens", "bipartite_match", "take", "merge", "order_tokens"),
@@ -25,7 +25,8 @@ _OPS = (
 
 class CoreML(Target):
     """An `.mlpackage` with an ML Program. With `fp16` weights and arithmetic are half precision, as the Neural Engine
-    needs it, and so are inputs and outputs of the package; a session takes and gives what the program does."""
+    needs it, and so are inputs and outputs of the package; a session takes and gives what the program does. `w8a16` and
+    `w4a16` store the weights of linear layers and convolutions in 8 and 4 bits; the arithmetic is that of `fp16`."""
 
     name = "coreml"
     description = "Core ML package for iPhones, iPads and Macs"
@@ -35,11 +36,11 @@ class CoreML(Target):
         Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
         Requirement("protobuf", minimum="4.25.0", tested="7.36.2", extra="coreml"),
     )
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", "w8a16", "w4a16")
     realisations = dict.fromkeys(_OPS, ("sort_free",))
 
     def tolerance(self, precision: str) -> Tolerance:
-        return Tolerance() if precision == "fp32" else Tolerance(relative=HALF_RELATIVE, near_tie=HALF_NEAR_TIE)
+        return Tolerance(*TOLERANCES[precision]) if precision in TOLERANCES else Tolerance()
 
     def lower(
         self,
@@ -56,6 +57,14 @@ class CoreML(Target):
         self.check()
         self.check_precision(precision)
         return lower(exported, folder, stem, precision, input_names, output_names)
+
+    def lint(self, exported: ExportedProgram) -> list[str]:
+        from edgewise.targets.coreml.convert import quiet
+        from edgewise.targets.coreml.lint import lint
+
+        self.check()
+        with quiet():
+            return [*super().lint(exported), *lint(exported)]
 
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
         from edgewise.targets.coreml.session import CoreMLSession

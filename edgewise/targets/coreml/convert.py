@@ -150,14 +150,19 @@ _COUNTED_BY_HALF = 2048
 
 def _wide(exported: ExportedProgram) -> set[Node]:
     """Nodes of compression ops, which compute with the numbers of tokens, where there are more than halves can tell apart."""
+    ours = {node for node in exported.graph.nodes if node.meta.get(MADE_BY, MADE_HERE) != MADE_HERE}
     found: set[Node] = set()
-    for node in exported.graph.nodes:
-        if node.meta.get(MADE_BY, MADE_HERE) == MADE_HERE:
-            continue
-        operands = node.all_input_nodes
-        many = any(size > _COUNTED_BY_HALF for one in (node, *operands) for size in shape_of(one))
-        if many or any(one in found for one in operands):
+    pending = [
+        node
+        for node in ours
+        if any(size > _COUNTED_BY_HALF for one in (node, *node.all_input_nodes) for size in shape_of(one))
+    ]
+    while pending:
+        node = pending.pop()
+        if node not in found:
             found.add(node)
+            # Numbers that go in or come out may be few, and are as large.
+            pending += [one for one in (*node.all_input_nodes, *node.users) if one in ours]
     return found
 
 

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-DEPLOYMENT = "iOS17"
-"""The oldest system that a package is for."""
+DEPLOYMENT = {"w4a16": "iOS18"}
+"""The oldest system that a package of a precision is for. All others: iOS17."""
+_BITS = {"w8a16": 8, "w4a16": 4}
 
 
 def lower(
@@ -28,11 +29,14 @@ def lower(
     from edgewise.targets.coreml.convert import quiet, reads, to_mil, to_model
     from edgewise.targets.coreml.legal import legal
     from edgewise.targets.coreml.ports import ports
+    from edgewise.targets.coreml.weights import quantised
     from edgewise.targets.coreml.write import write_package
 
-    half = precision != "fp32"
+    half, deployment = precision != "fp32", DEPLOYMENT.get(precision, "iOS17")
     with quiet():
         program = legal(prepare(exported, "coreml", input_names, output_names), reads, half)
         inputs, outputs = ports(program, input_names, output_names, half=half)
-        model = to_model(to_mil(program, inputs, outputs, DEPLOYMENT), DEPLOYMENT, half)
+        model = to_model(to_mil(program, inputs, outputs, deployment), deployment, half)
+        if precision in _BITS:
+            model = quantised(model, _BITS[precision])
     return write_package(model, inputs, outputs, Path(folder) / f"{stem}.mlpackage")

@@ -1,0 +1,124 @@
+"""Core ML packages with quantised weights: what is quantised, how far it is off, and what coremltools does to other constants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_programs import Case, case
+from torch import Tensor, nn
+
+from edgewise import targets
+from edgewise.errors import InputError
+from edgewise.verify import compare
+
+coremltools = pytest.importorskip("coremltools")
+
+
+class Mixed(nn.Module):
+    """A convolution over colours, linear layers of several widths, an embedding of positions, and a product with a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 48, 8, 8)
+        self.places = nn.Parameter(torch.randn(1, 64, 48))
+        self.wide, self.narrow, self.tiny = nn.Linear(48, 64), nn.Linear(64, 44), nn.Linear(44, 44)
+        self.table = nn.Parameter(torch.randn(44, 64))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patch(image).flatten(2).transpose(1, 2) + self.places
+        return self.tiny(self.narrow(self.wide(x).relu()).relu()) @ self.table
+
+
+def mixed() -> Case:
+    torch.manual_seed(0)
+    return case(Mixed(), torch.randn(1, 3, 64, 64))
+
+
+def lowered(one: Case, folder: Path, precision: str) -> list[Path]:
+    names = {"input_names": one.input_names, "output_names": one.output_names}
+    return targets.get("coreml").lower(one.exported, folder / precision, "m", precision=precision, **names)
+
+
+def sqnr(one: Case, files: list[Path]) -> float:
+    with targets.get("coreml").load(files) as session:
+        found = compare(one.expected["o0"], session.run(one.feeds)["o0"]).sqnr_db
+    assert found is not None
+    return found
+
+
+def operations(files: list[Path]) -> list[Any]:
+    from edgewise.targets.coreml.package import Package
+
+    program = Package.open(files[0].parent).model.mlProgram
+    (block,) = program.functions["main"].block_specializations.values()
+    return list(block.operations)
+
+
+@pytest.mark.parametrize(
+    ("precision", "decibels", "share", "op", "count"),
+    [
+        ("w8a16", 38, 0.75, "constexpr_affine_dequantize", 5),
+        ("w4a16", 18, 0.65, "constexpr_blockwise_shift_scale", 5),
+    ],
+)
+def test_weights_of_linear_layers_and_convolutions(
+    precision: str, decibels: float, share: float, op: str, count: int, tmp_path: Path
+) -> None:
+    one = mixed()
+    half, files = lowered(one, tmp_path, "fp16"), lowered(one, tmp_path, precision)
+    assert sqnr(one, files) > decibels
+    sizes = [(path[0].parent / "Data/com.apple.CoreML/weights/weight.bin").stat().st_size for path in (half, files)]
+    assert sizes[1] < share * sizes[0]
+    assert sum(one.type == op for one in operations(files)) in (count - 1, count)
+    again = lowered(one, tmp_path / "again", precision)
+    assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
+
+
+def by_palettes(model: Any, kinds: tuple[str, ...] | None) -> Any:
+    """coremltools' palettisation with a scale for each channel; of all constants, or of those of some ops."""
+    import coremltools.optimize.coreml as optimize
+
+    one = optimize.OpPalettizerConfig(
+        mode="uniform",
+        nbits=4,
+        granularity="per_grouped_channel",
+        group_size=4,
+        enable_per_channel_scale=True,
+        weight_threshold=1024,
+    )
+    kinds_of_ops = {"op_type_configs": dict.fromkeys(kinds, one)} if kinds else {"global_config": one}
+    return optimize.palettize_weights(model, optimize.OptimizationConfig(**kinds_of_ops))
+
+
+def test_constants_that_coremltools_scales_and_does_not_scale_back_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its palettisation skips, here the embedding of positions, it writes divided by a scale, and nothing multiplies."""
+    import coremltools.optimize.coreml as optimize
+
+    monkeypatch.setattr(optimize, "linear_quantize_weights", lambda model, _: by_palettes(model, None))
+    with pytest.raises(InputError, match=r"changed the constant .*places"):
+        lowered(mixed(), tmp_path, "w4a16")
+
+
+def test_only_of_layers_its_palettes_change_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import coremltools.optimize.coreml as optimize
+
+    from edgewise.targets.coreml.weights import _constants
+
+    right = optimize.linear_quantize_weights
+
+    def both(model: Any, config: Any) -> Any:
+        before = _constants(model._mil_program)
+        made = right(model, config)
+        after = _constants(by_palettes(model, ("linear", "conv"))._mil_program)
+        same = [name for name in before if name in after and np.array_equal(before[name], after[name])]
+        assert same == ["p_places_to_fp16"]
+        return made
+
+    monkeypatch.setattr(optimize, "linear_quantize_weights", both)
+    assert sqnr(mixed(), lowered(mixed(), tmp_path, "w4a16")) > 18
