@@ -23,7 +23,7 @@ def export(
     ] = None,
     compress: options.Compress = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", metavar="fp32|fp16", help="Of the stored weights. Default: fp32.")
+        str | None, typer.Option("--precision", metavar="P", help="fp32, fp16, or another of `edgewise targets`. Default: fp32.")
     ] = None,
     device: Annotated[
         list[str] | None,
