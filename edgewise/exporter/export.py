@@ -127,8 +127,8 @@ def export(
         out: the bundle's folder. A bundle that is there is replaced; anything else is left alone, and an error.
         example: example inputs of an `nn.Module`: a tuple of positional or a dict of keyword arguments.
         targets: names of targets. compress: one or more specs, such as `"tome:keep=0.5"`.
-        precision: `fp32` or `fp16` (weights stored in half precision).
-        calibration: not used by these precisions; giving it is an error.
+        precision: one that every target has: `fp32`, `fp16` (weights stored in half precision), or quantised weights.
+        calibration: not used by any precision yet; giving it is an error.
         devices: what to build for ahead of time, as far as the targets can: `sm86` for `tensorrt`.
         input_shapes, batch, trust_remote_code, weights_only: see `load_source`.
         seed: of example inputs, where no real ones are at hand. cache: reuse lowered artifacts.
@@ -293,7 +293,7 @@ def _verify(
         note = "weights are stored in half precision; there is nothing to pass"
         job.rungs.append(judge("fp16 weights", "compressed", "precision", full, wanted, kept_overlap=agree, note=note))
     feeds = [{k: as_array(v) for k, v in sample.items()} for sample in samples]
-    against = "compressed" if job.recipe.precision == "fp32" else f"{job.recipe.precision} weights"
+    against = "fp16 weights" if job.recipe.precision == "fp16" else "compressed"
     for low in lowered:
         with low.target.load(low.files) as session:
             results = [session.run(feed) for feed in feeds]
