@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/coreml_interpreter.py [--precision fp16] [--rounds 5] [--layers 12]
 
-The package is converted in a process of its own, so that the peak memory that is printed is that of running it. Torch and numpy both
-compute in one thread: numpy's BLAS takes its number from the environment, which is set before it is imported.
+The package is converted and first run in processes of their own, so that the peak memory that is printed is that of running it.
+Torch and numpy both compute in one thread: numpy's BLAS takes its number from the environment, set before it is imported.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def interpret(path: Path) -> None:
     print(f"open and first run   {time.perf_counter() - start:8.2f} s")
     print(f"peak memory          {memory():8.2f} GB")
     spent: dict[str, float] = defaultdict(float)
-    kinds = {name: step.kind for step in session._machine.program.block.steps for name, _ in step.outputs}  # type: ignore[union-attr]
+    kinds = {name: step.kind for step in session.program.block.steps for name, _ in step.outputs}
     last = time.perf_counter()
 
     def watch(name: str, array: np.ndarray) -> None:

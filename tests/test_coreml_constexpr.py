@@ -109,7 +109,7 @@ def test_a_compressed_package_equals_its_decompression(
     plain = ct.optimize.coreml.decompress_weights(small)
     plain.save(str(tmp_path / "plain.mlpackage"))
     session = InterpreterSession(tmp_path / "small.mlpackage")
-    used = {step.kind for step in session._machine.program.block.steps if step.kind.startswith("constexpr_")}  # type: ignore[union-attr]
+    used = {step.kind for step in session.program.block.steps if step.kind.startswith("constexpr_")}
     assert used == KINDS[kind]
     x = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(session.inputs[0].dtype)
     got = session.run({"x0": x})["y0"]

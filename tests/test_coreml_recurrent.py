@@ -179,5 +179,5 @@ def test_a_gru_that_the_frontend_makes_a_loop_of(tmp_path: Path) -> None:
     path = tmp_path / "gru.mlpackage"
     model.save(str(path))
     session = InterpreterSession(path)
-    assert "while_loop" in {step.kind for step in session._machine.program.block.steps}  # type: ignore[union-attr]
+    assert "while_loop" in {step.kind for step in session.program.block.steps}
     np.testing.assert_allclose(session.run({"x": x.numpy()}).popitem()[1], module(x).detach().numpy(), atol=1e-6)

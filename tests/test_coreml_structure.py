@@ -151,7 +151,7 @@ def test_an_op_of_lists_shapes_or_blocks(
 
 
 def _steps(session: InterpreterSession) -> list[Any]:
-    return list(session._machine.program.block.steps)  # type: ignore[union-attr]
+    return list(session.program.block.steps)
 
 
 def test_values_are_freed_after_their_last_use(tmp_path: Path) -> None:

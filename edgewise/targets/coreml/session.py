@@ -32,7 +32,9 @@ from edgewise.targets.coreml.ports import METADATA_KEY, Port, parse
 
 
 class InterpreterSession(Session):
-    """One function of a package. States keep their values between runs and start with zeros; `reset` makes them zeros again.
+    """One function of a package; `program` holds its steps.
+
+    States start with zeros and keep their values between runs; `reset` makes them zeros again.
 
     Args:
         path: the package, a folder.
@@ -71,6 +73,7 @@ class InterpreterSession(Session):
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         self._types = dict(program.block.inputs)
+        self.program = program
         self._machine: Machine | None = Machine(program, self.package.blob, max_bytes, max_steps)
 
     @property
@@ -130,11 +133,11 @@ class InterpreterSession(Session):
             for name, array in before.items():
                 self._states[name].array = array
             raise InputError(f"{self.package.path}: {error}") from error
-        types = self._machine.program.types
+        types = self.program.types
         return {name: _stored(value, types[name]) for name, value in outputs.items()}
 
     def placement(self) -> dict[str, int] | None:
-        return None if self._machine is None else {"CPU": len(self._machine.program)}
+        return None if self._machine is None else {"CPU": len(self.program)}
 
     def close(self) -> None:
         self._machine = None
