@@ -52,7 +52,7 @@ def test_what_depends_on_data_is_named(name: str) -> None:
     program = exported(BAD[name], torch.rand(3, 4))
     found = data_dependent(program)
     assert found and all("test_lint.py" in line for line in found), found
-    assert all(targets.get(target).lint(program) == found for target in targets.names())
+    assert all(set(found) <= set(targets.get(target).lint(program)) for target in targets.names())
     assert data_dependent(program, ours=True) == []  # it is the model's own
 
 

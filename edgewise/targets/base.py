@@ -210,7 +210,8 @@ class Target(ABC):
         """
 
     def lint(self, exported: ExportedProgram) -> list[str]:
-        """What would fail, or be slow, on this target; one line each. An empty list: nothing is known to."""
+        """What would fail, or be slow, on this target; one line each, which begins with `slow: ` if it would run all the same. An
+        empty list: nothing is known to."""
         from edgewise.passes.lint import data_dependent
 
         return data_dependent(exported)

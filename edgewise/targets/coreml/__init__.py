@@ -64,7 +64,7 @@ class CoreML(Target):
 
         self.check()
         with quiet():
-            return [*super().lint(exported), *lint(exported)]
+            return super().lint(exported) or lint(exported)
 
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
         from edgewise.targets.coreml.session import CoreMLSession

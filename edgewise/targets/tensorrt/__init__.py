@@ -99,3 +99,9 @@ class TensorRT(Target):
 
         self.check(runtime_only=True)
         return OnnxRuntimeSession(files, threads=threads)
+
+    def lint(self, exported: ExportedProgram) -> list[str]:
+        from edgewise.targets.tensorrt.lint import lint
+
+        # A graph whose shapes depend on data is not lowered at all.
+        return super().lint(exported) or lint(exported)
