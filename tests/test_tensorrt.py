@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import onnx_ir
 import pytest
 import tensorrt_cases
 import torch
+from conftest import Cli
 from onnx import TensorProto, shape_inference
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import ShapeInferencePass
@@ -232,3 +234,17 @@ def test_an_artifact_that_chooses_otherwise(tmp_path: Path, monkeypatch: pytest.
     assert rungs[label].kept_overlap is not None and rungs[label].kept_overlap < 1
     assert rungs[f"{label}, same choices"].passed and rungs[f"{label}, same choices"].threshold == 1e-2
     assert np.isfinite(bundle.golden(bundle.manifest.targets[0].role).outputs["output"]).all()
+
+
+def test_inspect_prints_the_command_of_the_device(cli: Cli, tiny: str, tmp_path: Path) -> None:
+    out = tmp_path / "a bundle"
+    assert cli("export", f"{tiny}:make", "--target", "tensorrt", "--target", "openvino", "-o", out).code == 0
+    said = cli("inspect", out, "--json")
+    path = out / "tensorrt" / "vision_encoder.onnx"
+    assert list(said.document["commands"]) == ["tensorrt/vision_encoder/fp32"]
+    words = shlex.split(said.document["commands"]["tensorrt/vision_encoder/fp32"])
+    assert words[:4] == ["trtexec", f"--onnx={path}", "--stronglyTyped", "--noTF32"] and path.exists()
+    assert "trtexec --onnx=" in cli("inspect", out).out
+    for verb in (["verify"], ["bench", "--samples", "1", "--seconds", "0"]):
+        assert cli(verb[0], out, "--target", "tensorrt", *verb[1:]).code == 0
+    assert cli("run", out, "--target", "tensorrt", "--inputs", "absent.npz").code == 2

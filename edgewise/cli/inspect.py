@@ -12,6 +12,7 @@ from edgewise.cli.screen import Result, Screen, flops, row, table
 from edgewise.errors import InputError
 
 if TYPE_CHECKING:
+    from edgewise.bundle import Bundle
     from edgewise.exporter.sources import Source
     from edgewise.passes.analysis import Stream
     from edgewise.passes.program import Program
@@ -207,4 +208,20 @@ def _bundle(folder: Path, screen: Screen) -> Result:
             screen.show(tables.sites(component))
         screen.show(tables.cost(component))
     screen.show(tables.artifacts(bundle), tables.ladder(manifest.verification), *tables.notes(manifest))
-    return Result({"bundle": str(folder), "manifest": manifest.model_dump(mode="json")})
+    commands = _commands(bundle)
+    for label, command in commands.items():
+        screen.show(f"{label}, with the runtime's own tools:\n  {command}")
+    return Result({"bundle": str(folder), "manifest": manifest.model_dump(mode="json"), "commands": commands})
+
+
+def _commands(bundle: Bundle) -> dict[str, str]:
+    """What to type to build and time the artifacts with the tools of their runtimes, by label, where there are such."""
+    from edgewise import targets
+
+    commands = {}
+    for artifact in bundle.manifest.targets:
+        if artifact.target in targets.names():  # a newer edgewise may know more
+            command = targets.get(artifact.target).command([bundle.path / name for name in artifact.files])
+            if command is not None:
+                commands[artifact.label] = command
+    return commands

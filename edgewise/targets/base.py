@@ -209,6 +209,10 @@ class Target(ABC):
         Raises `MissingExtra` if the runtime is absent, `InputError` if the files cannot be loaded.
         """
 
+    def command(self, files: Sequence[Path]) -> str | None:
+        """A command of the runtime's own tools that builds and times an artifact, the main file first. None: there is none."""
+        return None
+
     def lint(self, exported: ExportedProgram) -> list[str]:
         """What would fail, or be slow, on this target; one line each, which begins with `slow: ` if it would run all the same. An
         empty list: nothing is known to."""

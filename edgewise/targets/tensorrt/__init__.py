@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,6 +100,12 @@ class TensorRT(Target):
 
         self.check(runtime_only=True)
         return OnnxRuntimeSession(files, threads=threads)
+
+    def command(self, files: Sequence[Path]) -> str:
+        """Of `trtexec`, as it is on a Jetson. TF32 is off, as in engines that are built here."""
+        path = Path(files[0])
+        onnx, plan = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(".plan").name))
+        return f"trtexec --onnx={onnx} --stronglyTyped --noTF32 --saveEngine={plan} --useSpinWait --warmUp=500 --duration=5"
 
     def lint(self, exported: ExportedProgram) -> list[str]:
         from edgewise.targets.tensorrt.lint import lint
