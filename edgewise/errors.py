@@ -36,6 +36,8 @@ class MissingExtra(InputError):
 # Which extra installs a module that may be absent.
 _EXTRAS = {
     "PIL": "export",
+    "coreai": "coreai",
+    "coreai_torch": "coreai",
     "coremltools": "coreml",
     "google": "coreml",
     "matplotlib": "report",

@@ -13,6 +13,7 @@ from edgewise.targets.artifacts import choose, load, runnable
 from edgewise.targets.base import Requirement, Session, Target, Tolerance
 
 _TARGETS = {
+    "coreai": "edgewise.targets.coreai:CoreAI",
     "coreml": "edgewise.targets.coreml:CoreML",
     "coreml-topk": "edgewise.targets.coreml:CoreMLTopK",
     "onnxruntime": "edgewise.targets.onnxruntime:OnnxRuntime",
