@@ -96,8 +96,13 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("kind", list(KINDS))
+HALF = ("int8-channel", "int4-block", "palette4-groups", "pruned-int8")
+"""Of each kind of op one is tried in half precision, too."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "half"), [*((kind, False) for kind in KINDS), *((kind, True) for kind in HALF)], ids=lambda one: str(one)
+)
 def test_a_compressed_package_equals_its_decompression(
     kind: str, half: bool, network: nn.Module, tmp_path: Path
 ) -> None:

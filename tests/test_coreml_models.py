@@ -90,7 +90,6 @@ def patterns() -> tuple[nn.Module, torch.Tensor]:
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
     "vit": lambda: vision(hf.ViTConfig, hf.ViTModel),
-    "dinov2": lambda: vision(hf.Dinov2Config, hf.Dinov2Model, mlp_ratio=2),
     "clip": lambda: vision(hf.CLIPVisionConfig, hf.CLIPVisionModel),
     # The frontend takes the tanh approximation of GELU for the exact one, which is not what is tested here.
     "siglip": lambda: vision(hf.SiglipVisionConfig, hf.SiglipVisionModel, hidden_act="gelu"),
