@@ -218,6 +218,14 @@ def test_einsum() -> None:
         close(call("einsum", wanted.shape, values=(x, y), equation=equation), wanted)
 
 
+def test_a_depthwise_convolution_with_a_large_kernel() -> None:
+    rng = np.random.default_rng(60)
+    x, weight = f(rng, 2, 3, 70, 71), f(rng, 3, 1, 66, 65)
+    wanted = F.conv2d(torch.from_numpy(x).double(), torch.from_numpy(weight).double(), groups=3)
+    got = call("conv", tuple(wanted.shape), x=x, weight=weight, groups=3)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-3)
+
+
 def test_a_window_larger_than_its_tensor() -> None:
     with pytest.raises(InputError, match="is larger than"):
         call("conv", (1, 1, 1), x=np.ones((1, 1, 2), np.float32), weight=np.ones((1, 1, 3), np.float32))

@@ -13,6 +13,7 @@ from edgewise.targets.coreml.interpreter.ops.windows import ALL, Geometry, geome
 from edgewise.targets.coreml.interpreter.registry import Out, op, text, whole, wholes
 
 _COLUMNS = 1 << 24  # elements of windows that are laid out at a time
+_TAPS = 1 << 12  # elements of a kernel that are taken one after the other
 
 
 @op("conv")
@@ -36,7 +37,7 @@ def conv(
     places = how.places(x.shape[2:])
     shape = out.promise((x.shape[0], weight.shape[0], *places))
     source = padded(x, how.pads, 0, out)
-    if weight.shape[1] == 1 and weight.shape[0] == count:
+    if weight.shape[1] == 1 and weight.shape[0] == count and math.prod(how.kernel) <= _TAPS:
         result = _depthwise(source, weight, how, places)
     else:
         result = _by_matrices(source, weight, how, places, count)
