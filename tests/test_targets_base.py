@@ -77,8 +77,8 @@ def test_each_target_says_what_it_is(name: str) -> None:
     assert set(target.realisations) == set(REALISATIONS)
     for op, names in target.realisations.items():
         assert set(names) <= set(REALISATIONS[op])
-    with pytest.raises(InputError, match="did you mean 'fp16'"):
-        target.check_precision("fp15")
+    with pytest.raises(InputError, match="did you mean 'fp32'"):
+        target.check_precision("fp33")
 
 
 def test_a_requirement(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +145,11 @@ def test_the_device_half_imports_no_torch() -> None:
     code = (
         "import edgewise.bundle, edgewise.targets, edgewise.verify, edgewise.verify.bundle, edgewise.bench\n"
     )
-    assert (
-        imported(code + "[edgewise.targets.get(name).check() for name in edgewise.targets.names()]") == set()
-    )
+    check = """
+for name in edgewise.targets.names():
+    try:
+        edgewise.targets.get(name).check()
+    except edgewise.errors.MissingExtra:
+        assert name == "coreai"  # the extra `all` leaves it out
+"""
+    assert imported(code + check) == set()
