@@ -36,7 +36,7 @@ SPECS = {
     ],
     VIDEO: [
         *("evs@encoder.out:keep=0.5", "dycoke@encoder.out", "vidcom2@encoder.out:keep=0.25", "tome16@encoder.out"),
-        *("framefusion@encoder.out:ratio=0.5", "tempme@encoder.block[2]", "pool3d@encoder.out", "slowfast@encoder.out"),
+        *("framefusion@encoder.out:ratio=0.5", "tempme@encoder.block[2]:keep=0.5", "pool3d@encoder.out", "slowfast@encoder.out"),
         *("frame-pool@encoder.out", "frame-topk@encoder.block[2]:keep=0.5", "frame-visionzip@encoder.block[2]:keep=432"),
         "hired@encoder.block[2]:keep=0.5",
     ],

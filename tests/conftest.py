@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+# Tests run beside one another: each takes one core, and tables are as wide as where no terminal is.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("COLUMNS", None)
+
 # A run is the same every time; `HYPOTHESIS_PROFILE=search pytest` looks for inputs that no run has tried.
 settings.register_profile("fixed", derandomize=True, database=None)
 settings.register_profile("search", max_examples=1000)

@@ -13,7 +13,8 @@ from tiny_bundles import build, infos, make
 from edgewise import targets
 from edgewise.bundle import Bundle, Golden, Manifest, write_bundle
 from edgewise.errors import InputError, MissingExtra
-from edgewise.verify.bundle import batched, run_all, verify_bundle
+from edgewise.verify.bundle import SAME_CHOICES, batched, run_all, threshold, verify_bundle
+from edgewise.verify.ladder import Rung
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +128,14 @@ def test_a_target_of_the_future(bundle: Bundle, tmp_path: Path) -> None:
     newer = Bundle(bundle.path, manifest(targets=(artifact,), components=bundle.manifest.components))
     with pytest.raises(InputError, match="unknown target 'warpdrive'"):
         verify_bundle(newer)
+
+
+def test_other_choices_have_a_limit_of_their_own(one: tiny_programs.Case, tmp_path: Path) -> None:
+    bundle = make(tmp_path / "b", one, kinds=[("openvino", "fp32")], threshold=None)
+    artifact = bundle.manifest.targets[0]
+    errors = verify_bundle(bundle)[0].outputs["o0"].model_copy(update={"relative": 0.002})
+    own = Rung(name=artifact.label, against="compressed", kind="lowering", outputs={"o0": errors})
+    alike = Rung(name=artifact.label + SAME_CHOICES, against="compressed", kind="lowering", threshold=1e-4, passed=True)
+    for rungs, limit in (((own, alike), 0.02), ((own,), None), ((alike,), None)):
+        manifest = bundle.manifest.model_copy(update={"verification": rungs})
+        assert threshold(manifest, artifact) == limit

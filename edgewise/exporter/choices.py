@@ -10,13 +10,16 @@ from __future__ import annotations
 import operator
 import tempfile
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry
 from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
+from torch.utils import _pytree as pytree
 
 from edgewise.exporter.run import DECIDING, Choice
 from edgewise.passes.graph import Editor, output_nodes
@@ -35,6 +38,15 @@ class _Telling(Editor):
         out = next(n for n in reversed(self.graph.nodes) if n.op == "output")
         self.told = list(nodes)
         out.args = ((*output_nodes(self.graph), *nodes),)
+
+    def _call_graph(self) -> list[ModuleCallEntry]:
+        """The program then gives a flat tuple: frontends that call it unflatten what it gives."""
+        root, *entries = super()._call_graph()
+        root = copy(root)
+        assert root.signature is not None
+        root.signature = copy(root.signature)
+        root.signature.out_spec = pytree.tree_structure(tuple(range(len(root.signature.outputs))))
+        return [root, *entries]
 
     def _output_specs(self) -> list[OutputSpec]:
         known = list(self.original.graph_signature.output_specs)

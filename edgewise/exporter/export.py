@@ -38,7 +38,7 @@ from edgewise.passes.program import Program
 from edgewise.passes.program import compress as insert
 from edgewise.targets import Target, Tolerance
 from edgewise.verify import ladder
-from edgewise.verify.bundle import batched
+from edgewise.verify.bundle import SAME_CHOICES, batched
 from edgewise.verify.ladder import Rung, within
 from edgewise.verify.metrics import overlap
 from edgewise.version import __version__
@@ -51,8 +51,6 @@ are compared with the program at the weights that half precision leaves, so that
 ATTEMPTS = 6
 """Where two scores are nearly the same, runtimes may keep other tokens than torch, and neither is wrong. Such an input verifies
 little, and up to this many are tried."""
-NEAR_TIE_THRESHOLD = 5e-2
-"""Largest relative error where every input that was tried has near ties (an untrained model's tokens are all alike)."""
 
 _MEANINGS = {
     "length": "how many leading tokens of each sample are real, class token included; the rest is padding",
@@ -274,7 +272,7 @@ def _verify(
     artifacts have.
 
     Raises CheckFailed at the first rung above its threshold; NearTie if that may come from a choice between tokens whose
-    scores are as close as rounding errors are. On the `last` attempt such an artifact is held to a wider limit instead.
+    scores are as close as rounding errors are. On the `last` attempt such an artifact is compared at its own choices instead.
     """
     base, wanted, decisions, runner = ran.base, ran.compressed, ran.decisions, ran.runner
     if job.source.module is not None:
@@ -312,11 +310,7 @@ def _verify(
             f"{label}: the scores of two tokens differ by {runner.margin:.1e} on every input tried, so that "
             "runtimes may keep other tokens than torch; "
         )
-        wider = judge(label, against, "lowering", wanted, found, threshold=NEAR_TIE_THRESHOLD, note=note + "held to a wider limit")
-        if wider.passed:
-            job.add(wider)
-        else:
-            _judge_alike(job, low, program, stored, samples, feeds, (wanted, found), against, note)
+        _judge_alike(job, low, program, stored, samples, feeds, (wanted, found), against, note)
     return wanted
 
 
@@ -351,7 +345,7 @@ def _judge_alike(
     agree = sum(kept) / len(kept) if kept else None
     job.add(judge(label, against, "lowering", wanted, found, kept_overlap=agree, note=note + "compared at the same choices below"))
     threshold = low.target.tolerance(precision).relative
-    job.judge(f"{label}, same choices", against, "lowering", alike, found, threshold=threshold)
+    job.judge(label + SAME_CHOICES, against, "lowering", alike, found, threshold=threshold)
 
 
 def judge(name: str, against: str, kind: ladder.Kind, reference: Outputs, value: Outputs, **known: Any) -> Rung:

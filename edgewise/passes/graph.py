@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry
-from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputSpec, TensorArgument
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
@@ -131,11 +131,12 @@ class Editor:
     def _call_graph(self) -> list[ModuleCallEntry]:
         """How the program is called: as before, less the dropped inputs, and with the added ones as further keyword arguments."""
         entries = list(self.original.module_call_graph)
-        if not self.added and not self.dropped:
-            return entries
         root = copy.copy(entries[0])
         assert root.signature is not None
         root.signature = copy.copy(root.signature)
+        root.signature.outputs = [spec.arg for spec in self._output_specs() if spec.kind == OutputKind.USER_OUTPUT]
+        if not self.added and not self.dropped:
+            return [root, *entries[1:]]
         args, kwargs = self._call_tree()
         left, named = _pruned((args, kwargs), self.dropped)
         root.signature.in_spec = pytree.tree_structure((left, {**named, **dict.fromkeys(self.added, 0)}))
