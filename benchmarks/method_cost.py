@@ -107,8 +107,6 @@ def parse(text: str, encoder: Encoder) -> tuple[str, dict[str, Any]]:
     spec = parse_spec(text)
     entry = spec.method
     known = {k: v for k, v in spec.parameters.items() if k not in ("schedule", "prop_attn", "length", "text", "text_tokens")}
-    if "weights" in entry.needs and "weights" not in known:
-        known["weights"] = weights(entry, known, encoder)
     if "text" in entry.needs:
         known["text"] = torch.randn(8, encoder.width, generator=torch.Generator().manual_seed(3))
     side = round(encoder.tokens**0.5)
@@ -116,6 +114,8 @@ def parse(text: str, encoder: Encoder) -> tuple[str, dict[str, Any]]:
         known.setdefault("grid", (4, side // 2, side // 2))
     elif "grid" in entry.needs:
         known.setdefault("grid", (side, side))
+    if "weights" in entry.needs and "weights" not in known:
+        known["weights"] = weights(entry, known, encoder)
     if "decoder" in entry.sites and "span" not in known:
         known["span"] = f"8:{encoder.tokens - 32}"
     if "attention" in entry.needs and "span" not in known:
@@ -128,8 +128,9 @@ def weights(entry: Method, known: dict[str, Any], encoder: Encoder) -> dict[str,
     assert entry.start is not None
     tokens = torch.randn(2, encoder.tokens, encoder.width, generator=torch.Generator().manual_seed(2))
     given = {p.name: p.default for p in entry.parameters if p.name != "keep"} | known
-    keep = count_to_keep(entry, known.get("keep"), None, encoder.tokens, 0, None, None, given)
-    return {name: weight.value for name, weight in entry.start(tokens, keep, None, given).items()}
+    grid = known.get("grid")
+    keep = count_to_keep(entry, known.get("keep"), None, encoder.tokens, 0, grid, None if grid is None else grid[0], given)
+    return {name: weight.value for name, weight in entry.start(tokens, keep, grid, given).items()}
 
 
 def lowered(module: nn.Module, inputs: dict[str, Tensor], folder: Path, threads: int) -> Session:

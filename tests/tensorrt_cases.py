@@ -73,7 +73,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "frame-pool": {"frames": 4},
 }
 IN_A_DECODER = ("fastv", "pyramiddrop", "sparsevlm", "dart")
-WEIGHTED = ("token-learner", "resampler", "conv1d")
+WEIGHTED = ("token-learner", "resampler", "frame-resampler", "window-resampler", "conv1d")
 METHODS = (*ATTENDING, *PLAIN, *IN_A_DECODER, *WEIGHTED)
 
 
@@ -91,9 +91,11 @@ def method(name: str, batch: int = 1) -> tuple[nn.Module, Tensor]:
         known = {"kernel": 3, "stride": 3, "weights": {"weight": draw(WIDTH, WIDTH, 3)}}
     elif name == "token-learner":
         known = {"keep": 5, "weights": {"in.weight": draw(12, WIDTH), "out.weight": draw(5, 12)}}
-    elif name == "resampler":
+    elif name.endswith("resampler"):
         weights = {"queries": draw(5, 8), "k.weight": draw(8, WIDTH), "v.weight": draw(8, WIDTH, seed=6)}
-        known = {"keep": 5, "heads": 4, "weights": {**weights, "out.weight": draw(WIDTH, 8)}}
+        parts = {"frame-resampler": {"frames": 4, "per_frame": 5}}
+        parts |= {"window-resampler": {"window": 8, "tail": "pad", "per_window": 5}}
+        known = {"heads": 4, "weights": {**weights, "out.weight": draw(WIDTH, 8)}, **parts.get(name, {"keep": 5})}
     protected = 0 if name == "conv1d" else 1
     return Call(name, {**known, "protected": protected}), draw(batch, protected + COUNT, WIDTH, seed=batch)
 

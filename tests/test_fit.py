@@ -140,6 +140,8 @@ def test_full_tokens_are_read_back_better_than_from_pooled_ones(spec: str, tmp_p
         ("vit", "resampler@encoder.block[1]:keep=0.25,heads=3"),  # three heads of 11 features, and 32 of the model
         ("whisper", "conv1d@encoder.out:kernel=3,stride=2,padding=1"),
         ("whisper", "token-learner@encoder.block[0]:keep=5"),
+        ("whisper", "window-resampler@encoder.block[1]:window=7,heads=4"),
+        ("videomae_classifier", "frame-resampler@encoder.block[1]:keep=6,heads=4"),
     ],
 )
 def test_other_models_with_a_batch_of_one(family: str, spec: str, tmp_path: Path) -> None:
@@ -151,6 +153,7 @@ def test_other_models_with_a_batch_of_one(family: str, spec: str, tmp_path: Path
     data = Data("patterns", {name: torch.einsum("np,p...->n...", shares, patterns).numpy()})
     fitted = fit(program, [spec], data, samples=32, steps=30)
     assert fitted.record.after < 0.97 * fitted.record.before
+    assert not any(torch.equal(fitted.weights[key], start) for key, start in fitted.start.items())
     fitted.save(tmp_path / "w.safetensors")
     compressed = edgewise.compress(program, fitted.spec_with(tmp_path / "w.safetensors"))
     assert compressed.steps[0].fitted == fitted.record
@@ -212,6 +215,37 @@ def test_the_start_pools_where_features_tell_the_place(name: str) -> None:
     assert float((found - wanted).norm() / wanted.norm()) < 0.02
 
 
+@pytest.mark.parametrize(
+    ("name", "known", "pool", "pooled"),
+    [
+        ("frame-resampler", {"frames": 4}, "frame-pool", {"frames": 4}),
+        ("window-resampler", {"window": 17}, "avgpool1d", {"kernel": 17, "stride": 17}),
+        ("window-resampler", {"window": 12, "tail": "pad"}, "avgpool1d", {"kernel": 12, "stride": 12}),
+    ],
+)
+def test_the_start_of_one_query_is_the_mean(name: str, known: dict[str, Any], pool: str, pooled: dict[str, Any]) -> None:
+    x = torch.randn(3, 36, 10, generator=torch.Generator().manual_seed(0))
+    begin, wanted = METHODS[name].start, apply(pool, x, **pooled).tokens
+    assert begin is not None
+    keep = 3 if "tail" in known else wanted.shape[1]
+    parameters = {**known, "per_frame": 1, "per_window": 1, "heads": 4}
+    weights = {key: weight.value for key, weight in begin(x, keep, None, parameters).items()}
+    found = apply(name, x, weights=weights, heads=4, **known).tokens
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert bool(weights["k.weight"].any())  # else no query would ever have a gradient
+
+
+def test_the_start_pools_the_grid_of_each_frame() -> None:
+    place = torch.eye(36).repeat(3, 1).expand(8, -1, -1)
+    x = torch.cat([place * 3, torch.randn(8, 108, 12, generator=torch.Generator().manual_seed(0))], dim=2)
+    begin = METHODS["frame-resampler"].start
+    assert begin is not None
+    weights = {key: weight.value for key, weight in begin(x, 12, (3, 6, 6), {"heads": 2, "per_frame": 4}).items()}
+    found = apply("frame-resampler", x, keep=12, frames=3, weights=weights, heads=2).tokens
+    wanted = apply("pool", x, keep=12, kind="adaptive", grid=(3, 6, 6)).tokens
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02
+
+
 def test_tokens_that_are_all_alike_have_a_start() -> None:
     assert bool(place_logits(torch.ones(2, 9, 4), windows(9, 3, None)).isfinite().all())
 
@@ -262,7 +296,7 @@ def changed(**arrays: Any) -> Data:
     ("specs", "data", "known", "message"),
     [
         ([], None, {}, "nothing to fit: give --compress"),
-        (["tome:r=8"], None, {}, "tome has no weights: conv1d, resampler, token-learner have"),
+        (["tome:r=8"], None, {}, "tome has no weights: conv1d, frame-resampler, resampler, token-learner, window-resampler have"),
         ([LEARNER, f"resampler@{SITE}:keep=4"], None, {}, "both want weights"),
         ([f"{LEARNER},weights=x.safetensors"], None, {}, "from a file already"),
         ([f"token-learner@{SITE}"], None, {}, "give keep="),

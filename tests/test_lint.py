@@ -85,6 +85,8 @@ KEEPS: dict[str, Any] = {
     "conv1d": {"kernel": 3, "stride": 2},
     "token-learner": {"keep": 5},
     "resampler": {"keep": 5},
+    "frame-resampler": {"per_frame": 3},
+    "window-resampler": {"per_window": 2, "tail": "pad"},
     "pool3d": {"time": 2, "height": 3, "width": 3},
     "slowfast": {},
     "frame-pool": {},
@@ -105,6 +107,8 @@ WEIGHTS: dict[str, dict[str, tuple[int, ...]]] = {
     "token-learner": {"out.weight": (5, 8)},
     "resampler": {"queries": (5, 8), "k.weight": (8, 8), "v.weight": (8, 8), "out.weight": (8, 8)},
 }
+for name, queries in (("frame-resampler", 3), ("window-resampler", 2)):
+    WEIGHTS[name] = {**WEIGHTS["resampler"], "queries": (queries, 8)}
 
 
 def arguments(name: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def fit(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> Result:
-    """Fit the weights of a query method (token-learner, resampler, conv1d) to MODEL, on unlabelled data."""
+    """Fit the weights of a learned method (token-learner, a resampler, conv1d) to MODEL, on unlabelled data."""
     screen = Screen(json, quiet)
     if out is None:
         raise InputError("no place for the weights: give -o FILE.safetensors (see edgewise fit --help)")
