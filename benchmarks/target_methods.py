@@ -8,6 +8,7 @@ largest value.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ import numpy as np
 import pytest
 
 TESTS = Path(__file__).parents[1] / "tests"
+
+
+_IN_THIS_PROCESS = ("-n", "0") if importlib.util.find_spec("xdist") else ()
 
 
 def main(target: str, options: list[str]) -> int:
@@ -44,7 +48,9 @@ def main(target: str, options: list[str]) -> int:
 
     method_graphs.check_graph = named
     files = sorted(str(path) for path in TESTS.glob("test_methods_*.py"))
-    status = pytest.main([*files, "-k", f"({target}) and (graph or lower or model)", "-q", "--tb=line", *options])
+    status = pytest.main(
+        [*files, "-k", f"({target}) and (graph or lower or model)", "-q", "--tb=line", *_IN_THIS_PROCESS, *options]
+    )
     print("| method | largest relative error |\n|---|---|")
     for name, error in sorted(errors.items()):
         print(f"| {name} | {error:.1e} |")
