@@ -111,7 +111,7 @@ def _check_padding(args: tuple[Any, ...]) -> None:
     rank = len(x.shape)
     padded = {rank - 1 - i // 2 for i, width in enumerate(widths) if width != 0}
     if padded & set(symbolic_axes(x)):
-        raise NoRule("it pads the tokens to a count that what follows is made for (whole windows)")
+        raise NoRule("it adds positions along the token axis (to whole windows, or for a shift), and compression changes positions")
 
 
 def _check_convolution(args: tuple[Any, ...], spatial: int) -> None:
