@@ -428,6 +428,38 @@ def test_no_tail() -> None:
         assert error(compressed.module()(inputs_embeds=x).logits, eager(module, x, {2: [("dart", 9)]}, text=0)) < 1e-5
 
 
+class LastToken(nn.Module):
+    """What a prefill gives: the scores behind the last token alone, read by its position."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        return self.model(inputs_embeds=inputs_embeds).logits[:, -1]
+
+
+@pytest.mark.parametrize("case", ["fastv", "pyramiddrop", "sparsevlm", "dart"])
+def test_the_last_tokens_are_read(case: str) -> None:
+    module, x, _ = prepared("llama", 2)
+    specs, drops = CASES[case]
+    theirs = eager(module, x, drops)
+    program = edgewise.capture(module, (), {"inputs_embeds": x, "logits_to_keep": 3})
+    ours = compress(program, *specs).module()(inputs_embeds=x).logits
+    assert ours.shape[1] == 3 and error(ours, theirs[:, -3:]) < 1e-5
+    program = edgewise.capture(LastToken(module), (x,))
+    assert program.analysis.streams[0].trailing == 1
+    assert error(compress(program, *specs).module()(x), theirs[:, -1]) < 1e-5
+
+
+def test_a_span_leaves_the_last_tokens() -> None:
+    module, x, _ = prepared("llama")
+    program = edgewise.capture(module, (), {"inputs_embeds": x, "logits_to_keep": 3})
+    compress(program, f"fastv:keep=9,span={FIRST}:{COUNT - 3}")
+    with pytest.raises(InputError, match=f"the last 3 of the tokens by position: end the span at {COUNT - 3}"):
+        compress(program, f"fastv:keep=9,span={FIRST}:{COUNT - 2}")
+
+
 @pytest.mark.parametrize(
     ("spec", "kind", "message"),
     [

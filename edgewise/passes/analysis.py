@@ -16,7 +16,7 @@ from edgewise.passes.origin import constant_prefix, grid_of
 from edgewise.passes.query_modules import QueryModule, find_query_modules
 from edgewise.passes.samples import Samples
 from edgewise.passes.symbolic import Abstract, Engine
-from edgewise.passes.token_axis import Cut, Propagation, Propagator
+from edgewise.passes.token_axis import Cut, Propagation, Propagator, Refusal
 from edgewise.passes.token_rules import symbolic_axes
 
 aten = torch.ops.aten
@@ -59,6 +59,7 @@ class Stream:
 
     `prefix` leading tokens are constants of the model (class, distillation, registers); `protected` are those that
     may never be touched: the prefix, and whatever later code reads by its position. `grid` is the shape of the rest.
+    `trailing` last tokens are read by their position, too, which only a decoder allows: methods look at a span before them.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Stream:
     out_is_read: bool = False
     """Whether anything after the encoder's output reads tokens besides the protected ones."""
 
+    trailing: int = 0
     broken: str | None = None
     """Where tokens cannot be followed any further, and why; None if they can, to the end."""
     piece: int = 0
@@ -182,6 +184,14 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
     tokens = shape_of(root)[axis]
     symbol = found.engine.symbol(f"T{len(found.streams)}", tokens)
     result = Propagator(found.engine, [Cut(root, axis, symbol, 1)], tokens).run(nodes[order[root]:])
+    role = _role(root, inputs)
+    if any(first in module.anchors for module in found.modules):
+        role = RESAMPLER
+    elif role != "text_encoder" and causal(first):
+        role = DECODER
+    if role != DECODER:
+        result.refusals += [Refusal(node, f"it reads token -{count}, counted from the end: which token is last changes under "
+                                          "compression") for node, count in result.trailing.items()]
     prefix = constant_prefix(root, axis, dependent)
     refusals = {r.node: r.reason for r in result.refusals}
     for node, count in result.protected.items():
@@ -194,12 +204,8 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
     grid = grid_of(root, axis, dependent)
     if grid is not None and _product(grid) != tokens - protected:
         grid = None
-    role = _role(root, inputs)
-    if any(first in module.anchors for module in found.modules):
-        role = RESAMPLER
-    elif role != "text_encoder" and causal(first):
-        role = DECODER
     stream = Stream("", role, root, axis, tokens, prefix, protected, grid)
+    stream.trailing = max(result.trailing.values(), default=0) if role == DECODER else 0
     stream.broken = next((f"{describe(r.node)}: {r.reason}" for r in result.refusals), None)
     doomed = {node: reason for node in refusals for reason in [f"{describe(node)}: {refusals[node]}"]}
     blocked = _leading_to(doomed)

@@ -126,6 +126,11 @@ class _Insertion:
             if count > self.stream.protected:
                 raise Refused(f"it reads {count} leading tokens by their position, and {self.stream.protected} are protected",
                               node=node.name, source=source_line(node) or None, method=self.method)
+        tail = min(step.tail for steps in self.steps.values() for step in steps)
+        for node, count in proof.trailing.items():
+            if count > tail:
+                raise Refused(f"it reads the last {count} tokens by their position, and {tail} stay behind the span",
+                              node=node.name, source=source_line(node) or None, method=self.method)
         for node, routes in proof.routes.items():
             for route in routes.values():
                 crossed = [s for cut in self.cuts[route.from_level:route.to_level] for s in self.steps[cut.node]]

@@ -268,6 +268,9 @@ def _steps(stream: Stream, entries: list[tuple[Place, Spec]], notes: list[str]) 
         try:
             start, stop = _span(stream, place, spec, count, steps)
             protected, tail, free = start, here - stop, stop - start
+            if tail < stream.trailing:
+                raise ValueError(f"the model reads the last {stream.trailing} of the tokens by position: end the span at "
+                                 f"{here - stream.trailing} or before")
             _check_needs(method, stream, steps)
             if method.every_block:
                 if id(spec) not in schedules:

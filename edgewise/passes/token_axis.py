@@ -66,6 +66,8 @@ class Propagation:
     routes: dict[fx.Node, dict[int, Route]] = field(default_factory=dict)
     protected: dict[fx.Node, int] = field(default_factory=dict)
     """Nodes that read leading tokens by their position, and how many those are."""
+    trailing: dict[fx.Node, int] = field(default_factory=dict)
+    """Nodes that read the last tokens, and how many those are."""
     refusals: list[Refusal] = field(default_factory=list)
 
 
@@ -143,6 +145,8 @@ class Propagator:
             self.result.literals[node] = changed.args
         if changed.protected:
             self.result.protected[node] = changed.protected
+        if changed.trailing:
+            self.result.trailing[node] = changed.trailing
         if routes:
             self.result.routes[node] = routes
         return out

@@ -30,10 +30,11 @@ class NoRule(Exception):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """New arguments of a node (sizes may be sympy expressions), and how many leading tokens it reads by position."""
+    """New arguments of a node (sizes may be sympy expressions), and how many leading and last tokens it reads by position."""
 
     args: tuple[Any, ...]
     protected: int = 0
+    trailing: int = 0
 
 
 ANY = {
@@ -222,9 +223,7 @@ def _select(args: tuple[Any, ...], before: Sequence[Any], after: Sequence[int], 
     source, axis, index = args
     if axis % len(source.shape) not in symbolic_axes(source):
         return Rewrite(args)
-    if index < 0:
-        raise NoRule(f"it reads token {index}, counted from the end: which token is last changes under compression")
-    return Rewrite(args, protected=index + 1)
+    return Rewrite(args, trailing=-index) if index < 0 else Rewrite(args, protected=index + 1)
 
 
 def _slice(args: tuple[Any, ...], before: Sequence[Any], after: Sequence[int], hint: Callable[[Size], int]) -> Rewrite:
@@ -237,6 +236,8 @@ def _slice(args: tuple[Any, ...], before: Sequence[Any], after: Sequence[int], h
     start, end = 0 if start is None else start, count if end is None else end
     if step != 1:
         raise NoRule(f"it takes every {step}th token")
+    if start < 0 and end >= count:
+        return Rewrite((source, axis, start, torch.iinfo(torch.int64).max), trailing=-start)
     if start < 0 or end < 0:
         raise NoRule("it cuts the tokens at a position counted from the end, which changes under compression")
     if end >= count:
