@@ -18,14 +18,15 @@ PACKAGE = Path(edgewise.__file__).parent
 ALLOWED = {
     "schema": set(),
     "errors": set(),
+    "document": {"errors"},
     "version": set(),
     "ops": set(),
     "passes": {"ops", "errors"},
     "demos": {"errors"},
-    "bundle": {"errors", "schema", "verify"},
+    "bundle": {"errors", "schema", "document", "verify"},
     "verify": {"errors", "schema", "bundle", "targets"},
     "targets": {"errors", "schema", "bundle", "passes", "ops"},
-    "bench": {"errors", "schema", "bundle", "verify", "targets", "version"},
+    "bench": {"errors", "schema", "document", "bundle", "verify", "targets", "version"},
     "runtime": {"errors", "bundle", "targets"},
     "exporter": {"errors", "schema", "version", "bundle", "verify", "targets", "passes", "ops", "demos"},
     "cli": {

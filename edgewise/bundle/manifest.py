@@ -10,8 +10,10 @@ import json
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from edgewise.document import parse as document_of
+from edgewise.document import validate
 from edgewise.errors import InputError, unknown
 from edgewise.schema import Strict
 from edgewise.verify.ladder import Rung
@@ -22,10 +24,9 @@ SCHEMA_VERSION: Final = 2
 defaults. 2: `notes`."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
-MAX_MANIFEST_DEPTH = 64
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 # Path parts that Windows gives to a device, whatever their suffix.
 _DEVICE = re.compile(r"^(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?$", re.IGNORECASE)
@@ -213,20 +214,8 @@ def parse(data: bytes, where: str) -> Manifest:
     Raises `InputError` if the bytes are too many, not JSON, too deeply nested, name a key twice, are of
     another format or schema version, or do not fit the schema.
     """
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise InputError(
-            f"{where} has {len(data)} bytes; a manifest has at most {MAX_MANIFEST_BYTES}. {_MEND}"
-        )
-    _check_depth(data, where)
-    try:
-        document = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants
-        )
-        # Lone surrogates are JSON and not text: no file and no terminal takes them.
-        json.dumps(document, ensure_ascii=False).encode("utf-8")
-    except (UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{where} is not a manifest: {error}. {_MEND}") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    document = document_of(data, where, "manifest", limit=MAX_MANIFEST_BYTES, mend=_MEND)
+    if document.get("format") != FORMAT:
         raise InputError(f'{where} is not the manifest of an edgewise bundle: it lacks "format": "{FORMAT}".')
     version = document.get("schema_version")
     if version not in range(1, SCHEMA_VERSION + 1) or isinstance(version, bool):
@@ -235,51 +224,7 @@ def parse(data: bytes, where: str) -> Manifest:
         raise InputError(
             f"{where} has schema_version {version!r}; this edgewise reads 1 to {SCHEMA_VERSION}. {mend}"
         )
-    try:
-        return Manifest.model_validate_json(data, strict=True)
-    except ValidationError as error:
-        raise InputError(f"{where} does not fit the manifest's schema:\n{_faults(error)}\n{_MEND}") from error
+    return validate(Manifest, data, where, "manifest", _MEND)
 
 
 _MEND = "Copy the bundle again, or export the model again."
-
-
-def _faults(error: ValidationError, most: int = 5) -> str:
-    faults = error.errors(include_url=False, include_input=False)
-    lines = [
-        f"  {'.'.join(str(part) for part in fault['loc']) or 'manifest'}: {fault['msg']}" for fault in faults
-    ]
-    if len(lines) > most:
-        lines[most:] = [f"  and {len(lines) - most} more"]
-    return "\n".join(lines)
-
-
-def _check_depth(data: bytes, where: str) -> None:
-    """Refuse deep nesting before the JSON parser, which recurses, sees it."""
-    depth = 0
-    in_string = False
-    for token in re.finditer(rb'\\.|["\[\]{}]', data, re.DOTALL):
-        mark = token.group()
-        if mark == b'"':
-            in_string = not in_string
-        elif in_string or len(mark) > 1:
-            continue
-        elif mark in b"[{":
-            depth += 1
-            if depth > MAX_MANIFEST_DEPTH:
-                raise InputError(f"{where} is nested deeper than {MAX_MANIFEST_DEPTH} levels. {_MEND}")
-        else:
-            depth -= 1
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"key {', '.join(map(repr, twice))} is there more than once")
-    return document
-
-
-def _no_constants(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
