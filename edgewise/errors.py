@@ -35,7 +35,7 @@ class MissingExtra(InputError):
 
 # Which extra installs a module that may be absent.
 _EXTRAS = {
-    "PIL": "export",
+    "PIL": "generate",
     "coreai": "coreai",
     "coreai_torch": "coreai",
     "coremltools": "coreml",
@@ -43,6 +43,7 @@ _EXTRAS = {
     "matplotlib": "report",
     "onnx": "export",
     "onnxscript": "export",
+    "tokenizers": "generate",
     "torch": "export",
     "transformers": "export",
     "yaml": "export",

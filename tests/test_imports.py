@@ -28,7 +28,7 @@ ALLOWED = {
     "targets": {"errors", "schema", "bundle", "passes", "ops"},
     "bench": {"errors", "schema", "document", "bundle", "verify", "targets", "version"},
     "runtime": {"errors", "bundle", "targets"},
-    "exporter": {"errors", "schema", "version", "bundle", "verify", "targets", "passes", "ops", "demos"},
+    "exporter": {"errors", "schema", "version", "bundle", "verify", "targets", "passes", "ops", "demos", "runtime"},
     "cli": {
         *("errors", "version", "bundle", "verify", "targets", "bench", "runtime", "demos"),
         *("exporter", "passes", "ops"),

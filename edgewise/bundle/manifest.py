@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from edgewise.bundle.pipeline import Pipeline
 from edgewise.document import parse as document_of
 from edgewise.document import validate
 from edgewise.errors import InputError, unknown
@@ -19,9 +20,9 @@ from edgewise.schema import Strict
 from edgewise.verify.ladder import Rung
 
 FORMAT = "edgewise-bundle"
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """Goes up with every new key, as older readers refuse keys that they do not know. All lower versions are read: new keys have
-defaults. 2: `notes`."""
+defaults. 2: `notes`. 3: `pipeline`."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -133,15 +134,17 @@ class FileInfo(Strict):
 class Manifest(Strict):
     """All that a bundle says of itself.
 
-    `files` holds every file of the bundle but `manifest.json`; `notes` what the export adjusted or left out, in words.
+    `files` holds every file of the bundle but `manifest.json`; `notes` what the export adjusted or left out, in words;
+    `pipeline` how the components make one generative model (None: they are used one by one).
     """
 
     format: Literal["edgewise-bundle"] = "edgewise-bundle"
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
     edgewise_version: str
     model: ModelInfo
     compress: tuple[str, ...] = ()
     components: tuple[Component, ...]
+    pipeline: Pipeline | None = None
     preprocessing: dict[str, Any] = {}
     targets: tuple[Artifact, ...] = ()
     verification: tuple[Rung, ...] = ()
@@ -186,12 +189,19 @@ class Manifest(Strict):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{kind} {', '.join(twice)} is there more than once")
+        if self.pipeline is not None:
+            missing = set(self.pipeline.order) - {component.role for component in self.components}
+            if missing:
+                raise ValueError(f"the pipeline runs {', '.join(sorted(missing))}, which is no component")
+            if self.pipeline.tokenizer is not None:
+                _checked_path(self.pipeline.tokenizer)
         return self
 
     def listed_paths(self) -> tuple[str, ...]:
-        """Every path that the manifest points at: artifacts, golden files and the recipe."""
+        """Every path that the manifest points at: artifacts, golden files, the recipe and a tokenizer."""
         paths = [file for artifact in self.targets for file in artifact.files]
-        return (*paths, *self.golden.values(), self.recipe)
+        tokenizer = self.pipeline.tokenizer if self.pipeline is not None else None
+        return (*paths, *self.golden.values(), self.recipe, *((tokenizer,) if tokenizer else ()))
 
     def component(self, role: str) -> Component:
         """The component with this role. Raises `InputError` with the nearest role if there is none."""

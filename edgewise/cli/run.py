@@ -42,7 +42,7 @@ def run(
 ) -> Result:
     """Run one artifact of BUNDLE on arrays, and show what comes out."""
     from edgewise.bundle import Bundle
-    from edgewise.runtime import load
+    from edgewise.runtime import load_session
 
     screen = Screen(json, quiet)
     if out is not None and out.suffix != ".npz":
@@ -54,7 +54,7 @@ def run(
         opened = Bundle.open(bundle)
         role = role or opened.manifest.components[0].role
         feeds = load_feeds(inputs, opened.manifest.component(role))
-        session = load(opened, target, role, threads=threads)
+        session = load_session(opened, target, role, threads=threads)
     with session:
         outputs = session.run(feeds)
     found = {name: _summary(array) for name, array in outputs.items()}

@@ -1,4 +1,4 @@
-"""Load a bundle's component and run it. Needs one runtime, and no torch."""
+"""Load one component of a bundle. Needs one runtime, and no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgewise.targets import Session, choose, runnable
 from edgewise.targets import load as load_artifact
 
 
-def load(
+def load_session(
     bundle: Bundle | str | os.PathLike[str],
     target: str | None = None,
     role: str | None = None,

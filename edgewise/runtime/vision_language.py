@@ -1,0 +1,121 @@
+"""A vision-language model: an image and a prompt to text."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgewise.errors import InputError
+from edgewise.runtime.generate import Generation
+from edgewise.runtime.pipeline import GenerativePipeline, OnText
+from edgewise.runtime.sampling import Sampling
+
+
+class VisionLanguage(GenerativePipeline):
+    """`vision_encoder`, `prefill` and `decode` as one model."""
+
+    kind = "vision-language"
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        image: str | os.PathLike[str] | np.ndarray | Sequence[Any] | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        on_text: OnText | None = None,
+    ) -> Generation:
+        """Generate text for an image and a prompt.
+
+        Args:
+            prompt: the question; the model's template goes around it, unless it holds the image's placeholder itself.
+            image: a file, or the array that the encoder takes. input_ids: the prompt as token ids instead, with one placeholder.
+            max_new_tokens: by default as many as the bundle has room for.
+            on_text: called with each piece of the text as soon as it is known.
+
+        Raises InputError for a prompt without a placeholder, with several, or longer than the bucket, and for a wrong image.
+        """
+        about = self.description
+        before, after = self._split(self._ids(prompt, input_ids))
+        length = len(before) + len(after)
+        if length > about.prompt_tokens:
+            raise InputError(
+                f"the prompt has {length} tokens besides the image, and this bundle takes {about.prompt_tokens}: shorten it, or "
+                "export with a larger --prompt-tokens"
+            )
+        pixels = self._pixels(image)
+        into = Generation()
+        start = time.perf_counter()
+        visual = next(iter(self.sessions["vision_encoder"].run({self._image_input.name: pixels}).values()))
+        into.timed("vision_encoder", start)
+        ids = np.zeros((1, about.prompt_tokens), np.int64)
+        position = np.full((1, about.prompt_tokens), -1, np.int64)
+        if length:
+            ids[0, -length:] = before + after
+            position[0, -length:] = [*range(len(before)), *range(len(before) + about.media_tokens, length + about.media_tokens)]
+        feeds = {
+            "visual": visual,
+            "visual_position": (len(before) + np.arange(about.media_tokens, dtype=np.int64))[None],
+            "input_ids": ids,
+            "position": position,
+        }
+        tokens = self.decoder.tokens(
+            feeds,
+            length=length,
+            position=length + about.media_tokens,
+            sampling=sampling or Sampling(),
+            most=about.new_tokens if max_new_tokens is None else max_new_tokens,
+            into=into,
+        )
+        return self._collect(tokens, into, on_text)
+
+    def _ids(self, prompt: str | None, input_ids: Sequence[int] | None) -> list[int]:
+        about = self.description
+        if (prompt is None) == (input_ids is None):
+            raise InputError("give a prompt, or input_ids, and not both")
+        if input_ids is not None:
+            return [int(token) for token in input_ids]
+        assert prompt is not None
+        whole = prompt if about.placeholder and about.placeholder in prompt else about.template.replace("{prompt}", prompt)
+        return self.tokenizer.encode(whole)
+
+    def _split(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """The ids before and behind the image, with those that the model wants around it."""
+        about = self.description
+        mark = about.placeholder or f"token {about.placeholder_id}"
+        places = [i for i, token in enumerate(ids) if token == about.placeholder_id]
+        if not places:
+            raise InputError(f"the prompt has no image placeholder: write {mark} where the image belongs")
+        runs = 1 + sum(after - before > 1 for before, after in itertools.pairwise(places))
+        if runs > 1 or len(places) not in (1, about.settings.get("processor_tokens")):
+            raise InputError(f"the prompt has {len(places)} image placeholders ({mark}), and one image is given: write one")
+        expanded = len(places) > 1
+        before, after = ids[: places[0]], ids[places[-1] + 1 :]
+        return (before, after) if expanded else ([*before, *about.before], [*about.after, *after])
+
+    @property
+    def _image_input(self) -> Any:
+        return self.sessions["vision_encoder"].inputs[0]
+
+    def _pixels(self, image: Any) -> np.ndarray:
+        info = self._image_input
+        if image is None:
+            raise InputError("no image: this model answers questions about one; give --image FILE (image=...)")
+        if isinstance(image, (list, tuple)):
+            if len(image) != 1:
+                raise InputError(f"{len(image)} images are given, and the prompt has one placeholder: give one image")
+            image = image[0]
+        if isinstance(image, np.ndarray):
+            if image.shape != info.shape:
+                raise InputError(f"the image has shape {image.shape}, and this bundle takes {info.shape}; or give a file")
+            return image.astype(info.dtype)
+        from edgewise.runtime.images import load_pixels
+
+        return load_pixels(Path(image), info.shape, self.bundle.manifest.preprocessing).astype(info.dtype)
