@@ -43,6 +43,7 @@ _EXTRAS = {
     "matplotlib": "report",
     "onnx": "export",
     "onnxscript": "export",
+    "soundfile": "generate",
     "tokenizers": "generate",
     "torch": "export",
     "transformers": "export",

@@ -256,7 +256,8 @@ def test_audio(cli: Cli, tmp_path: Path) -> None:
     (site,) = said.document["sites"]
     assert site["grid"] == [8, 31] and (tmp_path / "out" / site["file"]).is_file()
     halved = media.resample(np.sin(2 * np.pi * 900 * time).astype(np.float32), 16000, 8000)
-    assert np.abs(halved - np.sin(2 * np.pi * 900 * np.arange(8000) / 8000)).max() < 1e-3
+    wanted = np.sin(2 * np.pi * 900 * np.arange(8000) / 8000)
+    assert np.abs(halved - wanted)[100:-100].max() < 1e-5  # around it is silence
 
 
 def test_panels_of_a_spectrogram_and_of_a_wave() -> None:

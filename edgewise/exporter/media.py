@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from edgewise.errors import InputError, MissingExtra
+from edgewise.runtime.audio import read_audio, resample
 from edgewise.runtime.images import constants as _constants
 from edgewise.runtime.images import fitted as _fitted
 from edgewise.runtime.images import normalised as _normalised
@@ -64,7 +64,7 @@ def load_video(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Me
 
 def load_audio(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Media:
     """A recording as features, by the model's own extractor, or as a waveform; cut or padded to `shape`."""
-    wave, rate = _read_audio(path)
+    wave, rate = read_audio(path)
     wanted = int(preprocessing.get("sampling_rate", 16000))
     wave = resample(wave, rate, wanted)
     extractor = preprocessing.get("feature_extractor_type")
@@ -183,34 +183,3 @@ def _spectrogram(wave: np.ndarray, size: int = 400, hop: int = 160) -> np.ndarra
     frames = padded[starts[:, None] + np.arange(size)] * np.hanning(size)
     power = np.abs(np.fft.rfft(frames, axis=1)) ** 2
     return np.log(power + 1e-6 * max(float(power.max()), 1e-12)).T[: size // 2]
-
-
-def _read_audio(path: Path) -> tuple[np.ndarray, int]:
-    if not path.is_file():
-        raise InputError(
-            f"{path} does not exist" if not path.is_dir() else f"{path} is a folder, and one recording is needed"
-        )
-    try:
-        soundfile: Any = importlib.import_module("soundfile")
-    except ModuleNotFoundError as error:
-        raise MissingExtra(
-            "soundfile is not installed, and reads audio; install it with: pip install soundfile"
-        ) from error
-    try:
-        wave, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except Exception as error:
-        raise InputError(f"{path} is no audio that can be read: {str(error) or type(error).__name__}") from error
-    if not len(wave):
-        raise InputError(f"{path} is empty")
-    if not np.isfinite(wave).all():
-        raise InputError(f"{path} holds values that are not finite")
-    return wave.mean(axis=1), int(rate)
-
-
-def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
-    """A waveform at another sampling rate, by its spectrum: nothing above half of the lower rate is left."""
-    if rate == wanted:
-        return wave
-    count = max(1, math.ceil(len(wave) * wanted / rate))
-    spectrum = np.fft.rfft(wave)
-    return (np.fft.irfft(spectrum[: count // 2 + 1], count) * (count / len(wave))).astype(np.float32)

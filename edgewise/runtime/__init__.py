@@ -42,9 +42,10 @@ def load_pipeline(
     bundle: Bundle, target: str | None = None, precision: str | None = None, threads: int | None = None
 ) -> GenerativePipeline:
     """Load all components of a bundle's pipeline. Raises InputError where it has none, and as `load` does."""
+    from edgewise.runtime.speech import Speech
     from edgewise.runtime.vision_language import VisionLanguage
 
-    kinds: dict[str, type[GenerativePipeline]] = {"vision-language": VisionLanguage}
+    kinds: dict[str, type[GenerativePipeline]] = {"speech": Speech, "vision-language": VisionLanguage}
     pipeline = bundle.manifest.pipeline
     GenerativePipeline.check(bundle)
     assert pipeline is not None

@@ -57,15 +57,19 @@ class GenerativePipeline(ABC):
         """Run a generation to its end, and give its text piece by piece."""
         stream = None if self._tokenizer is None else TextStream(self._tokenizer)
         for token in tokens:
-            piece = "" if stream is None or token in self.description.eos_ids else stream.add(token)
+            piece = "" if stream is None or not self._is_text(token) else stream.add(token)
             if piece and on_text is not None:
                 on_text(piece)
         if stream is not None:
             rest = stream.end()
             if rest and on_text is not None:
                 on_text(rest)
-            into.text = self.tokenizer.decode([token for token in into.ids if token not in self.description.eos_ids])
+            into.text = self.tokenizer.decode([token for token in into.ids if self._is_text(token)])
         return into
+
+    def _is_text(self, token: int) -> bool:
+        """Whether a token is part of the text."""
+        return token not in self.description.eos_ids
 
     def close(self) -> None:
         """Free all components. May be called twice."""
