@@ -23,7 +23,7 @@ def parse(data: bytes, where: str, what: str, *, limit: int, mend: str) -> dict[
     twice, or hold NaN, infinity or text that is none.
     """
     if len(data) > limit:
-        raise InputError(f"{where} has more than the {limit} bytes that a {what} may have. {mend}")
+        raise InputError(f"{where} has {len(data)} bytes; a {what} has at most {limit}. {mend}")
     _check_depth(data, where, mend)
     try:
         document = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
