@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_programs
 import torch
@@ -11,10 +13,11 @@ from bundle_helpers import ROLE
 from rich.console import Console
 from tiny_bundles import make
 
-from edgewise.bench import Host, Latency, Record, bench, host, json_schema, runner, table
+from edgewise.bench import Comparison, Host, Latency, Record, bench, compare, host, json_schema, probe, runner, table
 from edgewise.bench.statistics import summarise
 from edgewise.bundle import Bundle
 from edgewise.errors import InputError
+from edgewise.targets import Session, load
 from edgewise.verify import Rung
 
 OPENVINO, ONNXRUNTIME = f"openvino/{ROLE}/fp32", f"onnxruntime/{ROLE}/fp32"
@@ -44,11 +47,14 @@ def test_the_record_holds_what_was_measured(record: Record, bundle: Bundle) -> N
         assert one.accuracy is not None and one.accuracy.passed
         assert [(site.tokens_in, site.tokens_out) for site in one.sites] == [(17, 9)]
         assert one.runtime_versions.keys() == {one.target}
-        assert one.power_watts is None and one.stages is None
+        assert one.stages is None and one.unknown["stages"] == "the artifact is a single graph"
+        assert one.stand_in is None and one.artifact_bytes and one.flops == 60
     first, second = record.measurements
     assert first.speedup is None and second.speedup is not None and second.speedup > 0
-    assert first.placement is not None and set(first.placement) == {"CPU"}
-    assert second.placement is None
+    assert second.speedup_interval is not None
+    assert second.speedup_interval.low <= second.speedup <= second.speedup_interval.high
+    for one in record.measurements:
+        assert one.placement is not None and set(one.placement) == {"CPU"} and one.placement["CPU"] > 10
     assert first.artifact_digest != second.artifact_digest
     # Interleaved: each artifact is run as often as the other.
     assert len({one.latency.n for one in record.measurements if one.latency}) == 1
@@ -57,7 +63,97 @@ def test_the_record_holds_what_was_measured(record: Record, bundle: Bundle) -> N
 def test_a_record_survives_json_and_holds_no_zero_for_unknown(record: Record) -> None:
     text = record.model_dump_json()
     assert Record.model_validate_json(text) == record
-    assert json.loads(text)["measurements"][0]["power_watts"] is None
+    for one in json.loads(text)["measurements"]:
+        for key in ("placement", "cold_load_ms", "peak_memory_bytes", "power_watts", "temperature_celsius", "quality", "stages"):
+            assert (one[key] is None) == (key in one["unknown"]), key
+
+
+def test_cold_loads_and_memory_are_of_a_process_of_its_own(record: Record) -> None:
+    """This process holds torch and both runtimes, and more memory than either runtime alone."""
+    ours = host.peak_memory()
+    for one in record.measurements:
+        assert one.cold_load_ms is not None and one.warm_load_ms is not None and one.peak_memory_bytes and ours
+        assert one.peak_memory_bytes < ours
+        assert one.cold_load_ms > one.warm_load_ms
+
+
+def test_what_was_left_out_has_a_reason(bundle: Bundle) -> None:
+    one = bench(bundle, ["openvino"], samples=1, seconds=0, warmup=0, cold=False).measurements[0]
+    assert one.cold_load_ms is None and one.peak_memory_bytes is None
+    assert one.unknown["cold_load_ms"] == one.unknown["peak_memory_bytes"] == "not measured: it was left out"
+
+
+def test_a_process_that_fails_is_a_reason_and_no_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe.sys, "executable", "/no/such/python")
+    one = bench(bundle, ["openvino"], samples=1, seconds=0, warmup=0).measurements[0]
+    assert one.cold_load_ms is None and "No such file" in one.unknown["cold_load_ms"]
+
+
+class Twice(Session):
+    """Two stages, the second of which runs twice: each is the real session of an artifact."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.inputs, self.outputs = session, session.inputs, session.outputs
+        self.spent: dict[str, tuple[float, ...]] = {}
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            outputs = self.session.run(feeds)
+            times.append(time.perf_counter() - start)
+        self.spent = {"prefill": tuple(times[:1]), "decode": tuple(times[1:])}
+        return outputs
+
+    def stages(self) -> dict[str, tuple[float, ...]]:
+        return self.spent
+
+    def close(self) -> None:
+        self.session.close()
+
+
+def test_stages_of_a_pipeline(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "load", lambda *args, **named: Twice(load(*args, **named)))
+    one = bench(bundle, ["openvino"], samples=4, seconds=0, warmup=1, cold=False).measurements[0]
+    assert one.stages is not None and one.latency is not None
+    assert {name: stage.n for name, stage in one.stages.items()} == {"prefill": 4, "decode": 8}
+    assert sum(sum(stage.samples_ms) for stage in one.stages.values()) <= sum(one.latency.samples_ms)
+
+
+def test_bundles_against_one_another(bundle: Bundle, tmp_path: Path) -> None:
+    """A bundle against itself, and against one with an artifact that has no companion of its name."""
+    torch.manual_seed(0)
+    other = make(tmp_path / "other", tiny_programs.block(), kinds=[("openvino", "fp16")])
+    found = compare([bundle, bundle, other], samples=30, seconds=0.1, warmup=1, threads=1, cold=False)
+    assert [len(record.measurements) for record in found.records] == [2, 2, 1]
+    pairs = [(one.bundle, one.artifact, one.baseline) for one in found.ratios]
+    assert pairs == [
+        *((1, OPENVINO, OPENVINO), (1, ONNXRUNTIME, ONNXRUNTIME)),
+        (2, f"openvino/{ROLE}/fp16", OPENVINO),
+    ]
+    counts = {one.latency.n for record in found.records for one in record.measurements if one.latency}
+    assert len(counts) == 1
+    for one in found.ratios:
+        assert one.interval.low <= one.ratio <= one.interval.high
+        times = [
+            next(m.latency.p50_ms for m in found.records[number].measurements if m.artifact == label and m.latency)
+            for number, label in ((one.bundle, one.artifact), (one.baseline_bundle, one.baseline))
+        ]
+        assert one.ratio == pytest.approx(times[0] / times[1])
+    assert Comparison.model_validate_json(found.model_dump_json()) == found
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(found))
+    assert f"[2] openvino/{ROLE}/fp16" in console.export_text()
+
+
+def test_one_bundle_is_no_comparison(bundle: Bundle) -> None:
+    with pytest.raises(InputError, match="two bundles"):
+        compare([bundle])
+
+
+def test_what_stands_in_for_a_runtime_is_said() -> None:
+    judged, reasons = runner.judge_validity(steady(), GOOD, 0.0, stand_in="the interpreter")
+    assert judged == "semivalid" and "the interpreter" in reasons[0]
 
 
 def test_the_schema_is_json_and_closed() -> None:
@@ -65,12 +161,12 @@ def test_the_schema_is_json_and_closed() -> None:
     json.dumps(schema)
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert schema["additionalProperties"] is False
-    assert schema["properties"]["schema_version"]["const"] == 1
+    assert schema["properties"]["schema_version"]["enum"] == [1, 2]
 
 
 def test_one_target_has_no_companion(bundle: Bundle) -> None:
     lines: list[str] = []
-    record = bench(bundle, ["openvino"], samples=2, seconds=0, warmup=0, progress=lines.append)
+    record = bench(bundle, ["openvino"], samples=2, seconds=0, warmup=0, cold=False, progress=lines.append)
     assert not record.protocol.interleaved
     assert [one.latency.n for one in record.measurements if one.latency] == [2]
     assert lines == [f"load {OPENVINO}", "measure"]
@@ -85,7 +181,7 @@ def test_artifacts_take_turns(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -
         once(run)
 
     monkeypatch.setattr(runner._Run, "once", spy)
-    bench(bundle, samples=3, seconds=0, warmup=0)
+    bench(bundle, samples=3, seconds=0, warmup=0, cold=False)
     assert order == ["openvino", "onnxruntime"] * 3
 
 
@@ -114,6 +210,26 @@ def steady(n: int = 100, milliseconds: float = 20.0, jitter: float = 0.0) -> Lat
 GOOD = Rung(name="a", against="b", kind="lowering", threshold=0.1, passed=True)
 
 
+def rising(n: int = 100) -> Latency:
+    """Steady but for a rise of 6 % in the last fifth, which the coefficient of variation does not show."""
+    return summarise([0.02 * (1.06 if number >= n - n // 5 else 1.0) for number in range(n)])
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"busy_cores": 0.1}, None),
+        ({"busy_cores": 0.7}, "other processes kept 0.7 cores busy"),
+        ({"throttling": ["package 0"]}, "throttling: package 0"),
+    ],
+)
+def test_validity_by_what_the_system_shows(more: dict[str, object], reason: str | None) -> None:
+    # With the cores known, the load average says nothing: it may be of this process.
+    judged, reasons = runner.judge_validity(steady(), GOOD, 5.0 if "busy_cores" in more else 0.0, **more)  # type: ignore[arg-type]
+    assert (judged, len(reasons)) == (("valid", 0) if reason is None else ("semivalid", 1))
+    assert reason is None or reason in reasons[0]
+
+
 @pytest.mark.parametrize(
     ("latency", "accuracy", "load", "validity", "reason"),
     [
@@ -121,6 +237,7 @@ GOOD = Rung(name="a", against="b", kind="lowering", threshold=0.1, passed=True)
         (steady(), GOOD, None, "valid", None),
         (steady(29, 100), GOOD, 0.2, "semivalid", "29 samples"),
         (steady(100, 1), GOOD, 0.2, "semivalid", "less than 1 s"),
+        (rising(), GOOD, 0.2, "semivalid", "rose by 6.0%"),
         (steady(jitter=1), GOOD, 0.2, "semivalid", "variation is 5.0%, above 2.5%"),
         (steady(), GOOD, 3.0, "semivalid", "busy"),
         (steady(), None, 0.2, "semivalid", "not checked"),
@@ -144,7 +261,7 @@ def test_validity(latency: Latency, accuracy: Rung, load: float, validity: str, 
 def test_wrong_outputs_make_a_measurement_invalid(tmp_path: Path) -> None:
     torch.manual_seed(0)
     wrong = make(tmp_path / "wrong", tiny_programs.block(), kinds=[("openvino", "fp32")], shift=1.0)
-    one = bench(wrong, samples=2, seconds=0, warmup=0).measurements[0]
+    one = bench(wrong, samples=2, seconds=0, warmup=0, cold=False).measurements[0]
     assert one.validity == "invalid"
     assert "differ" in one.reasons[0]
 
@@ -180,6 +297,7 @@ def test_a_table_of_unknowns_has_dashes(record: Record) -> None:
             "accuracy": None,
             "sites": (),
             "cold_load_ms": None,
+            "speedup": None,
         }
     )
     console = Console(width=200, record=True, file=io.StringIO())
@@ -213,7 +331,7 @@ def test_the_host_from_proc() -> None:
 
 
 def test_the_host_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_text", lambda path: None)
+    monkeypatch.setattr(host, "text", lambda path: None)
     monkeypatch.setattr(host.platform, "processor", lambda: "")
     described = host.describe()
     assert (described.cpu, described.cores_physical, described.memory_bytes, described.governor) == (

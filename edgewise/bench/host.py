@@ -12,20 +12,20 @@ from edgewise.bench.record import Host
 
 def describe() -> Host:
     """Describe this machine from `/proc` and `/sys`; on other systems most of it is None."""
-    cpuinfo = _text("/proc/cpuinfo") or ""
+    cpuinfo = text("/proc/cpuinfo") or ""
     return Host(
-        device=_text("/proc/device-tree/model") or _text("/sys/class/dmi/id/product_name"),
+        device=text("/proc/device-tree/model") or text("/sys/class/dmi/id/product_name"),
         cpu=cpu_name(cpuinfo),
         cores_physical=physical_cores(cpuinfo),
         cores_logical=_usable_cores(),
-        memory_bytes=memory(_text("/proc/meminfo") or ""),
+        memory_bytes=memory(text("/proc/meminfo") or ""),
         os=_os(),
         kernel=f"{platform.system()} {platform.release()}".strip() or None,
         python=platform.python_version(),
-        governor=_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        governor=text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         load_average=load_average(),
         driver=None,
-        power_mode=_text("/sys/firmware/acpi/platform_profile"),
+        power_mode=text("/sys/firmware/acpi/platform_profile"),
     )
 
 
@@ -65,7 +65,7 @@ def load_average() -> float | None:
 
 def peak_memory() -> int | None:
     """Peak resident memory of this process so far, in bytes."""
-    status = _text("/proc/self/status") or ""
+    status = text("/proc/self/status") or ""
     found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
     if found:
         return int(found.group(1)) * 1024
@@ -77,14 +77,14 @@ def peak_memory() -> int | None:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def temperature() -> float | None:
-    """The hottest thermal zone in degrees Celsius, or None if there is no zone that can be read."""
-    degrees = []
-    for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*/temp")):
-        text = _text(str(zone))
-        if text is not None and re.fullmatch(r"-?\d+", text):
-            degrees.append(int(text) / 1000)
-    return max(degrees) if degrees else None
+def busy_seconds() -> float | None:
+    """Seconds that all cores together were busy since the start of the system, from `/proc/stat`."""
+    found = re.match(r"cpu\s+([\d ]+)", text("/proc/stat") or "")
+    if not found:
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal; what guests took is in user already.
+    ticks = [int(word) for word in found.group(1).split()][:8]
+    return (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")
 
 
 def _usable_cores() -> int | None:
@@ -94,15 +94,15 @@ def _usable_cores() -> int | None:
 
 
 def _os() -> str | None:
-    release = _text("/etc/os-release") or ""
+    release = text("/etc/os-release") or ""
     found = re.search(r'^PRETTY_NAME="?([^"\n]*)"?$', release, re.MULTILINE)
     return found.group(1) if found else platform.platform() or None
 
 
-def _text(path: str) -> str | None:
+def text(path: str | Path) -> str | None:
     """The text of a small file, or None if it is not there, not readable, or empty."""
     try:
-        text = Path(path).read_text(errors="replace")
+        found = Path(path).read_text("utf-8", errors="replace")
     except OSError:
         return None
-    return text.strip("\0\n ") or None
+    return found.strip("\0\n ") or None

@@ -1,4 +1,4 @@
-"""Statistics of a series of times."""
+"""Statistics of a series of times, and of the ratio of two series that were taken in turn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgewise.bench.record import Latency
+from edgewise.bench.record import Interval, Latency
+
+CONFIDENCE = 0.95
+_RESAMPLES = 1000
+_MOST_ROUNDS = 4000
+_AT_ONCE = 2**22
 
 
 def summarise(seconds: Sequence[float]) -> Latency:
@@ -31,3 +36,42 @@ def summarise(seconds: Sequence[float]) -> Latency:
         cv=float(samples.std(ddof=1)) / mean if n > 1 and mean > 0 else None,
         samples_ms=tuple(samples.tolist()),
     )
+
+
+def ratio_of_medians(
+    numerator: Sequence[float], denominator: Sequence[float], *, confidence: float = CONFIDENCE
+) -> tuple[float, Interval]:
+    """Median of one series / median of another, and the interval of confidence by a bootstrap over rounds.
+
+    Round i took the i-th sample of both, one after the other. Blocks of neighbouring rounds are drawn with replacement, of about
+    the cube root of their number (Künsch 1989): what slows the machine for a while slows a whole block, of both series. From
+    `_MOST_ROUNDS` on, every k-th round is drawn from, which makes the interval wider. The same samples give the same interval.
+
+    Raises `ValueError` if the two have not the same number of samples, one or more, above 0.
+    """
+    above, below = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    if above.shape != below.shape or above.ndim != 1 or not len(above) or min(above.min(), below.min()) <= 0:
+        raise ValueError("a ratio needs two series of as many samples, all of them above 0")
+    ratio = float(_median(above) / _median(below))
+    step = -(-len(above) // _MOST_ROUNDS)
+    above, below = above[::step], below[::step]
+    n = len(above)
+    length = max(1, round(n ** (1 / 3)))
+    random = np.random.default_rng(0)
+    found: list[np.ndarray] = []
+    at_once = max(1, _AT_ONCE // n)
+    for first in range(0, _RESAMPLES, at_once):
+        count = min(at_once, _RESAMPLES - first)
+        starts = random.integers(0, n, size=(count, -(-n // length)))
+        # Blocks go round the end of the series, so that each round is drawn as often as the others.
+        rounds = (starts[..., None] + np.arange(length)).reshape(count, -1)[:, :n] % n
+        found.append(_median(above[rounds]) / _median(below[rounds]))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
+    return ratio, Interval(low=float(low), high=float(high), confidence=confidence)
+
+
+def _median(samples: np.ndarray) -> np.ndarray:
+    """Of the last axis, of the nearest rank, as in `summarise`."""
+    middle = (samples.shape[-1] - 1) // 2
+    return np.partition(samples, middle, axis=-1)[..., middle]

@@ -213,6 +213,8 @@ class CoreMLSession(Session):
     `files`: those of the package, its `Manifest.json` first.
     """
 
+    stand_in = "the interpreter of Core ML packages in the place of Core ML"
+
     def __init__(self, files: Sequence[Path], *, threads: int | None = None) -> None:
         self._session = InterpreterSession(Path(files[0]).parent, threads=threads)
         stated = self._session.package.model.description.metadata.userDefined.get(METADATA_KEY)

@@ -41,6 +41,8 @@ class OnnxRuntimeSession(Session):
         # Shapes are static, so the memory plan of the first run holds for every run.
         options.enable_mem_pattern = True
         options.log_severity_level = _ERRORS_ONLY
+        # For `placement`. Older versions take no notice of it.
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
@@ -53,12 +55,23 @@ class OnnxRuntimeSession(Session):
             raise InputError(f"ONNX Runtime cannot load {path}: {error}") from error
         self.inputs = tuple(_info(value, path) for value in self._session.get_inputs())
         self.outputs = tuple(_info(value, path) for value in self._session.get_outputs())
+        self._names = [info.name for info in self.outputs]
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self._session is None:
             raise InputError("this session was closed; load the artifact again")
-        names = [info.name for info in self.outputs]
-        return dict(zip(names, self._session.run(names, feeds), strict=True))
+        return dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
+
+    def placement(self) -> dict[str, int] | None:
+        """Nodes by execution provider, as the graph was divided among them. Older versions do not tell."""
+        tell = getattr(self._session, "get_provider_graph_assignment_info", None)
+        if tell is None:
+            return None
+        units: dict[str, int] = {}
+        for part in tell():
+            unit = part.ep_name.removesuffix("ExecutionProvider")
+            units[unit] = units.get(unit, 0) + len(part.get_nodes())
+        return units
 
     def close(self) -> None:
         self._session = None

@@ -42,11 +42,12 @@ class OpenVinoSession(Session):
     def placement(self) -> dict[str, int] | None:
         if self._request is None:
             return None
+        unit = ",".join(self._model.get_property("EXECUTION_DEVICES"))
         units: dict[str, int] = {}
         for node in self._model.get_runtime_model().get_ordered_ops():
             if node.get_type_name() in ("Parameter", "Result", "Constant"):
                 continue
-            units["CPU"] = units.get("CPU", 0) + 1
+            units[unit] = units.get(unit, 0) + 1
         return units
 
     def close(self) -> None:

@@ -99,7 +99,9 @@ class TensorRT(Target):
         from edgewise.targets.onnxruntime.session import OnnxRuntimeSession
 
         self.check(runtime_only=True)
-        return OnnxRuntimeSession(files, threads=threads)
+        session = OnnxRuntimeSession(files, threads=threads)
+        session.stand_in = "ONNX Runtime on the CPU in the place of TensorRT"
+        return session
 
     def command(self, files: Sequence[Path]) -> str:
         """Of `trtexec`, as it is on a Jetson. TF32 is off, as in engines that are built here."""
