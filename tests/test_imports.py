@@ -29,9 +29,10 @@ ALLOWED = {
     "bench": {"errors", "schema", "document", "bundle", "verify", "targets", "version"},
     "runtime": {"errors", "bundle", "targets"},
     "exporter": {"errors", "schema", "version", "bundle", "verify", "targets", "passes", "ops", "demos", "runtime"},
+    "builder": {"errors", "schema", "version", "bundle", "verify", "targets", "bench", "demos", "exporter"},
     "cli": {
         *("errors", "version", "bundle", "verify", "targets", "bench", "runtime", "demos"),
-        *("exporter", "passes", "ops"),
+        *("exporter", "builder", "passes", "ops"),
     },
 }
 """What makes artifacts (`lower`, `lint`) may look at passes and ops; what runs them may not, which the tests below see."""

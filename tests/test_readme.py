@@ -100,6 +100,10 @@ def test_blocks_of_the_docs_run(page: Path, tmp_path: Path, cli: Cli, monkeypatc
                 assert not {"|", "&&", ";", ">", "<"} & set(args), f"{page}: {line} needs a shell"
                 said = cli(*args)
                 assert said.code == 0, f"{line}\n{said.err}"
+        elif language == "yaml":
+            name = re.match(r"# ([\w.-]+)\n", text)
+            assert name, f"{page}: a YAML file begins with a comment that names it"
+            (tmp_path / name[1]).write_text(text)
         else:
             assert language == "text", f"{page}: a block of {language or 'no language'} is not run"
 

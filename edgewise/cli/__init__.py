@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgewise.cli import bench, compare, explain, export, fit, inspect, lint, listings, run, verify
+from edgewise.cli import bench, build, compare, explain, export, fit, inspect, lint, listings, run, verify
 from edgewise.cli.screen import ReaderGone, Result
 from edgewise.errors import EdgewiseError, Refused, extras_named, unknown
 from edgewise.version import __version__
@@ -56,6 +56,7 @@ def _root(
 
 _VERBS: dict[str, Callable[..., Result]] = {
     "export": export.export,
+    "build": build.build,
     "inspect": inspect.inspect,
     "lint": lint.lint,
     "explain": explain.explain,

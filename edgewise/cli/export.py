@@ -51,7 +51,8 @@ def export(
     if out is None:
         raise InputError("no place for the bundle: give -o BUNDLE (see edgewise export --help)")
     from edgewise.exporter.export import export as make
-    from edgewise.exporter.recipe import Recipe, read_recipe
+    from edgewise.exporter.matrix import read_recipe
+    from edgewise.exporter.recipe import Recipe
     from edgewise.exporter.sources import parse_shapes
 
     given = read_recipe(recipe) if recipe is not None else None

@@ -51,11 +51,12 @@ class Cache:
             names = list(digests)
             if any(path_fault(n) or digest(entry / n) != digests[n] for n in names):
                 return None
+            for name in names:
+                _copy(entry / name, folder / name)
+            # Another process may have taken the entry away, or changed it, meanwhile.
+            return names if all(digest(folder / n) == digests[n] for n in names) else None
         except (InputError, ValueError, OSError, TypeError, AttributeError):
             return None
-        for name in names:
-            _copy(entry / name, folder / name)
-        return names
 
     def _remember(self, key: str, folder: Path, made: list[Path]) -> None:
         """Publish an entry by one rename. Having no room or no permission for a cache is no reason to fail."""

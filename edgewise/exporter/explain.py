@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from edgewise.errors import CheckFailed, InputError, Refused, extras_named
 from edgewise.exporter.capture import capture, from_exported
-from edgewise.exporter.recipe import read_recipe
+from edgewise.exporter.matrix import read_recipe
 from edgewise.exporter.run import Runner
 from edgewise.exporter.sources import Source, load_source
 from edgewise.passes.insert import Insert, Tap

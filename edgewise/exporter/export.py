@@ -27,6 +27,7 @@ from edgewise.exporter.capture import capture, evaluating, from_exported, quiet
 from edgewise.exporter.choices import choices_of
 from edgewise.exporter.digest import Weights, artifact_key
 from edgewise.exporter.half import rounded
+from edgewise.exporter.identity import code_digest
 from edgewise.exporter.recipe import Recipe
 from edgewise.exporter.report import write_report
 from edgewise.exporter.run import Outputs, Runner, as_array
@@ -451,6 +452,7 @@ def _lower(job: Job, target: Target, legal: ExportedProgram, program: Program, f
         job.weights,
         {
             "edgewise": __version__,
+            "code": code_digest(),
             "target": target.name,
             "versions": target.versions(),
             "precision": precision,

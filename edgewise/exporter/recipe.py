@@ -1,30 +1,39 @@
-"""The resolved recipe: all that is needed to make a bundle again."""
+"""Recipes: all that is needed to make a bundle again, and what its figures are held to."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import re
+from typing import Annotated, Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BeforeValidator, Field
 
-from edgewise.errors import InputError, unknown
 from edgewise.schema import Strict
 
 FILE = "recipe.yaml"
-_MOST_BYTES = 1 << 20
+
+
+def _several(value: Any) -> Any:
+    """One word stands for a list of one; nothing for an empty list."""
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_several)]
 
 
 class Recipe(Strict):
-    """What was asked of an export. `input_shapes` by input name; `devices` that artifacts are built for ahead of time."""
+    """What is asked of an export: one bundle. `input_shapes` by input name; `devices` that artifacts are built for ahead of time.
+
+    The fields have the names of the arguments of `edgewise.export`, and `recipe.yaml` in a bundle holds all of them.
+    """
 
     model: str
-    compress: tuple[str, ...] = ()
-    targets: tuple[str, ...]
+    compress: Words = ()
+    targets: Annotated[Words, Field(min_length=1)]
     precision: str = "fp32"
-    devices: tuple[str, ...] = ()
+    devices: Words = ()
     input_shapes: dict[str, tuple[int, ...]] = {}
-    batch: int = 1
+    batch: Annotated[int, Field(ge=1)] = 1
     seed: int = 0
 
     def to_yaml(self) -> str:
@@ -32,31 +41,56 @@ class Recipe(Strict):
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=True, allow_unicode=True))
 
 
-def read_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """Read a recipe from its file, or from the folder of a bundle.
+_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
-    Raises InputError if it cannot be read, a value has the wrong type, or a key is unknown (with the nearest key).
+
+def _bytes(value: Any) -> Any:
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]+)\s*", value, re.IGNORECASE) if isinstance(value, str) else None
+    if match is None:
+        return value
+    if match[2].lower() not in _UNITS:
+        raise ValueError(f"{match[2]!r} is no unit of bytes: give one of B, kB, MB, GB, KiB, MiB, GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+Limit = Annotated[float, Field(ge=0)]
+
+
+class Gates(Strict):
+    """The limits of the figures of every artifact. None: there is no limit, and what nothing else needs is not measured.
+
+    - `size`: most bytes of an artifact's files (`2 MiB` is read too). `tokens`: most tokens behind the last site.
+    - `lowering_error`: greatest relative error of the artifact against its program.
+    - `accuracy`: least top-1 accuracy on `data`, and `accuracy_drop`: most that may be lost of the baseline's, both as shares.
+    - `latency_ratio`: greatest median time / the baseline's, both measured here in turns.
+    - `baseline`: the name of a bundle of the same build. `data`: `demo:NAME`, or an `.npz` of inputs and `labels`.
+    - `samples`, `seconds`: least runs, and least time of the runs, of each artifact whose latency is measured. `threads`: of the
+      runtime.
     """
-    place = Path(path)
-    if place.is_dir():
-        place = place / FILE
-    try:
-        with open(place, "rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise InputError(f"{place} is no recipe: it has more than {_MOST_BYTES} bytes")
-        document = yaml.safe_load(data)
-    except OSError as error:
-        raise InputError(f"cannot read {place}: {error.strerror or error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InputError(f"{place} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{place} is no recipe: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
-    for key in document:
-        if key not in Recipe.model_fields:
-            raise unknown(f"key in {place}", key, Recipe.model_fields)
-    try:
-        return Recipe.model_validate(document)
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
-        raise InputError(f"{place} is no valid recipe: {'; '.join(faults[:5])}") from error
+
+    size: Annotated[int | None, BeforeValidator(_bytes), Field(ge=0)] = None
+    tokens: Annotated[int | None, Field(ge=0)] = None
+    lowering_error: Limit | None = None
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    accuracy_drop: Annotated[float, Field(ge=-1, le=1)] | None = None
+    latency_ratio: Limit | None = None
+    baseline: str | None = None
+    data: str | None = None
+    samples: Annotated[int, Field(ge=1)] = 30
+    seconds: Annotated[float, Field(ge=0)] = 1.0
+    threads: Annotated[int, Field(ge=1)] | None = None
+
+
+class Regressions(Strict):
+    """How much worse than in the earlier `record` the figures of an artifact may be.
+
+    `size`, `tokens`, `lowering_error` and `latency_ratio` are factors: 1.1 allows a tenth more. `accuracy_drop` is a share that
+    may be lost. None: that figure is not compared.
+    """
+
+    record: str
+    size: Limit | None = None
+    tokens: Limit | None = None
+    lowering_error: Limit | None = None
+    latency_ratio: Limit | None = None
+    accuracy_drop: Annotated[float, Field(ge=-1, le=1)] | None = None

@@ -170,11 +170,7 @@ def _hugging_face(
                 f"{local} holds no .safetensors weights; pickled weights can run code when they are loaded. "
                 "Convert them, or pass --weights-only to load them with torch's restricted unpickler"
             )
-    try:
-        with quiet():
-            config = transformers.AutoConfig.from_pretrained(model, **options)
-    except Exception as error:
-        raise InputError(_hub_error(model, error)) from error
+    config = load_config(model, **options)
     names = list(getattr(config, "architectures", None) or [])
     cls = getattr(transformers, names[0], None) if names else None
     if cls is None and not remote:
@@ -194,6 +190,20 @@ def _hugging_face(
     preprocessing = _preprocessing(local) if local.exists() else {}
     kwargs = example_inputs(module, config, preprocessing, shapes, batch, seed)
     return Source(model, type(module).__name__, module=module, kwargs=kwargs, preprocessing=preprocessing, notes=notes)
+
+
+def load_config(model: str, **options: Any) -> Any:
+    """The configuration of a Hugging Face id or folder; `options` of `from_pretrained`. Raises InputError."""
+    with extras_named():
+        import transformers
+
+    from edgewise.exporter.capture import quiet
+
+    try:
+        with quiet():
+            return transformers.AutoConfig.from_pretrained(model, **options)
+    except Exception as error:
+        raise InputError(_hub_error(model, error)) from error
 
 
 def _hub_error(model: str, error: Exception) -> str:
