@@ -16,7 +16,7 @@ from edgewise.passes.origin import constant_prefix, grid_of
 from edgewise.passes.query_modules import QueryModule, find_query_modules
 from edgewise.passes.samples import Samples
 from edgewise.passes.symbolic import Abstract, Engine
-from edgewise.passes.token_axis import Cut, Propagation, Propagator, Refusal
+from edgewise.passes.token_axis import Cut, Propagation, Propagator, Refusal, Splice
 from edgewise.passes.token_rules import symbolic_axes
 
 aten = torch.ops.aten
@@ -50,6 +50,15 @@ class Place:
         return "out" if site == "out" else "block"
 
 
+@dataclass(frozen=True)
+class Source:
+    """An encoder whose tokens are part of a decoder's: from position `lead` on, all but its first `lost`."""
+
+    stream: Stream
+    lead: int
+    lost: int
+
+
 ENCODER, DECODER, PROJECTOR, RESAMPLER = "encoder", "decoder", "projector", "resampler"
 
 
@@ -77,6 +86,8 @@ class Stream:
     """Whether anything after the encoder's output reads tokens besides the protected ones."""
 
     trailing: int = 0
+    sources: tuple[Source, ...] = ()
+    """The encoders of the same graph that this decoder's tokens come from: with fewer tokens there, fewer come here."""
     broken: str | None = None
     """Where tokens cannot be followed any further, and why; None if they can, to the end."""
     piece: int = 0
@@ -120,6 +131,7 @@ def analyse(program: ExportedProgram) -> Analysis:
     found = Analysis(find_anchors(graph), [], {}, engine)
     found.modules = find_query_modules(found.anchors, dependent)
     placed: set[int] = set()
+    followed: list[tuple[Stream, Propagation]] = []
     for anchor in found.anchors:
         if anchor.index in placed:
             continue
@@ -130,7 +142,7 @@ def analyse(program: ExportedProgram) -> Analysis:
         if axis is None:
             found.unplaced[anchor.index] = reason
             continue
-        placed |= _add_stream(found, anchor, axis, nodes, order, dependent, inputs, causal)
+        placed |= _add_stream(found, anchor, axis, nodes, order, dependent, inputs, causal, followed)
     _name(found.streams)
     found.modules = [_fed(module, found.streams) for module in found.modules]
     return found
@@ -159,7 +171,7 @@ def _token_axis(anchor: Anchor, nodes: list[fx.Node], order: dict[fx.Node, int],
         if size < 2:
             continue
         symbol = engine.symbol(f"try{axis}", size)
-        result = Propagator(engine, [Cut(root, axis, symbol, 1)], size).run(_after(root, span))
+        result = Propagator(engine, [Cut(root, axis, symbol, 1)]).run(_after(root, span))
         value = result.values.get(anchor.k)
         if value is not None and value.shape[anchor.key_axis] == symbol:
             return axis, ""
@@ -178,12 +190,13 @@ def _after(root: fx.Node, nodes: list[fx.Node]) -> list[fx.Node]:
 
 
 def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node], order: dict[fx.Node, int],
-                dependent: set[fx.Node], inputs: list[fx.Node], causal: CausalMasks) -> set[int]:
+                dependent: set[fx.Node], inputs: list[fx.Node], causal: CausalMasks,
+                followed: list[tuple[Stream, Propagation]]) -> set[int]:
     root = first.residual
     assert root is not None
     tokens = shape_of(root)[axis]
     symbol = found.engine.symbol(f"T{len(found.streams)}", tokens)
-    result = Propagator(found.engine, [Cut(root, axis, symbol, 1)], tokens).run(nodes[order[root]:])
+    result = Propagator(found.engine, [Cut(root, axis, symbol, 1)]).run(nodes[order[root]:])
     role = _role(root, inputs)
     if any(first in module.anchors for module in found.modules):
         role = RESAMPLER
@@ -205,6 +218,9 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
     if grid is not None and _product(grid) != tokens - protected:
         grid = None
     stream = Stream("", role, root, axis, tokens, prefix, protected, grid)
+    if role == DECODER:
+        stream.sources = tuple(Source(source, place.lead, place.lost) for source, theirs in followed
+                               for place in [_splice_at(theirs, root, axis)] if place is not None)
     stream.trailing = max(result.trailing.values(), default=0) if role == DECODER else 0
     stream.broken = next((f"{describe(r.node)}: {r.reason}" for r in result.refusals), None)
     doomed = {node: reason for node in refusals for reason in [f"{describe(node)}: {refusals[node]}"]}
@@ -215,6 +231,8 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
         value, query = result.values.get(anchor.k), result.values.get(anchor.q)
         if value is None or query is None or anchor.joined is None or symbol not in value.symbols:
             continue
+        if value.shape[anchor.key_axis] in result.splices and any(n in result.splices for n in query.shape):
+            continue  # a decoder's: tokens of the stream among others
         placed.add(anchor.index)
         if value.shape[anchor.key_axis] != symbol or symbol not in query.symbols:
             found.unplaced[anchor.index] = "it attends over a part of the tokens, or from other tokens"
@@ -242,10 +260,18 @@ def _add_stream(found: Analysis, first: Anchor, axis: int, nodes: list[fx.Node],
             stream.out = _place("out", out, axes[0], last.anchor, result, order, blocked)
             stream.out = replace(stream.out, refused=stream.out.refused or unordered)
             stream.out_is_read = any(symbolic_axes_of(result, user) or user.op == "output" for user in out.users)
-            stream.projector = _projector(stream.out, protected, symbol, result, order, blocked)
+            ends = {n.args[0][place] for n, place in result.spliced.items()}  # type: ignore[index]
+            stream.projector = _projector(stream.out, protected, symbol, result, order, blocked, ends)
     if stream.blocks:
         found.streams.append(stream)
+        followed.append((stream, result))
     return placed | {first.index}
+
+
+def _splice_at(result: Propagation, node: fx.Node, axis: int) -> Splice | None:
+    """Where the stream of a propagation is among the tokens that another one starts from."""
+    value = result.values.get(node)
+    return result.splices.get(value.shape[axis]) if isinstance(value, Abstract) else None
 
 
 def symbolic_axes_of(result: Propagation, node: fx.Node) -> bool:
@@ -321,9 +347,10 @@ def _encoder_out(last: Place, order: dict[fx.Node, int]) -> fx.Node:
 
 
 def _projector(out: Place, protected: int, symbol: Any, result: Propagation, order: dict[fx.Node, int],
-               blocked: dict[fx.Node, str]) -> tuple[Place, ...]:
+               blocked: dict[fx.Node, str], ends: set[Any]) -> tuple[Place, ...]:
     """The input and the output of what maps the encoder's tokens, one by one, to those of another model: from the first linear
-    map behind the encoder to the last value that still counts tokens and is an output of the graph."""
+    map behind the encoder to the last value that still counts tokens and is an output of the graph, or one of `ends`, where
+    they are put among other tokens."""
     def lost(node: fx.Node) -> int | None:
         value = result.values.get(node)
         shape = value.shape if isinstance(value, Abstract) else ()
@@ -333,7 +360,8 @@ def _projector(out: Place, protected: int, symbol: Any, result: Propagation, ord
         return int(gone) if gone.is_number and 0 <= gone <= protected else None
 
     behind = sorted((n for n in reachable([out.node]) if n is not out.node and n.op == "call_function"), key=order.__getitem__)
-    last = [n for n in behind if lost(n) is not None and any(user.op == "output" for user in n.users)]
+    last = [n for n in behind if lost(n) is not None
+            and (n in ends or any(user.op == "output" for user in n.users))]
     leading = _leading_to({last[-1]: ""}) if last else {}
     linear = next((n for n in behind if n in leading and n.target is aten.linear.default and lost(n) is not None), None)
     if linear is None:

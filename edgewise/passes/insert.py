@@ -15,13 +15,12 @@ from edgewise.errors import InputError, Refused
 from edgewise.ops.reduce import take
 from edgewise.passes.analysis import Place, Stream
 from edgewise.passes.anchors import Anchor, find_anchors
-from edgewise.passes.graph import Editor, describe, reachable, shape_of, source_line
+from edgewise.passes.graph import Editor, describe, reachable, shape_of, source_line, user_inputs
 from edgewise.passes.infra import Pass, PassError, PassResult
 from edgewise.passes.plan import Step
 from edgewise.passes.step import Made, reduce_step
 from edgewise.passes.symbolic import Engine
-from edgewise.passes.token_axis import Cut, Propagation, Propagator, Route, set_operand
-from edgewise.passes.token_rules import symbolic_axes
+from edgewise.passes.token_axis import Cut, Propagation, Propagator, Route, Splice, set_operand
 from edgewise.passes.trace import trace
 
 aten = torch.ops.aten
@@ -80,6 +79,7 @@ class _Insertion:
 
     def __init__(self, editor: Editor, stream: Stream, steps: Sequence[Step], engine: Engine) -> None:
         self.editor, self.stream, self.engine = editor, stream, engine
+        self.tokens = steps[0].tokens_in + steps[0].place.lost if steps else stream.tokens
         by_name = {n.name: n for n in editor.graph.nodes}
         self.nodes = list(editor.graph.nodes)
         self.steps: dict[fx.Node, list[Step]] = {}
@@ -88,17 +88,18 @@ class _Insertion:
             node = by_name[step.place.node.name]
             if node not in self.steps:
                 level = len(self.cuts) + 1
-                tokens = stream.tokens - step.place.lost
+                tokens = self.tokens - step.place.lost
                 self.cuts.append(Cut(node, step.place.axis, engine.symbol(f"{stream.name}_{level}", tokens), level))
             self.steps.setdefault(node, []).append(step)
         self.counts = {cut.symbol: self.steps[cut.node][-1].tokens_out for cut in self.cuts}
-        self.levels = [_Level(stream.tokens)]
+        self.levels = [_Level(self.tokens)]
         self.taps: list[Tap] = []
         self.anchors = {by_name[p.anchor.softmax.name]: p.anchor for p in stream.blocks}
         self.by_name = by_name
         self.routed: dict[tuple[fx.Node, tuple[int, ...], int, int, bool], dict[int, fx.Node]] = {}
         self.texts: dict[int, fx.Node] = {}
         self.from_stream = reachable([by_name[stream.root.name]])
+        self.dependent = reachable([by_name[n.name] for n in user_inputs(editor.original)])
         self.method = " + ".join(dict.fromkeys(step.method.name for step in steps))
 
     def run(self) -> None:
@@ -118,7 +119,7 @@ class _Insertion:
 
     def _prove(self) -> Propagation:
         first = self.nodes.index(self.cuts[0].node)
-        proof = Propagator(self.engine, self.cuts, self.stream.tokens).run(self.nodes[first:])
+        proof = Propagator(self.engine, self.cuts).run(self.nodes[first:])
         for refusal in proof.refusals:
             raise Refused(refusal.reason, node=refusal.node.name, source=source_line(refusal.node) or None,
                           method=self.method)
@@ -139,6 +140,11 @@ class _Insertion:
         return proof
 
     def _check_route(self, node: fx.Node, route: Route, crossed: list[Step]) -> None:
+        if route.splice is not None:
+            if route.value in self.from_stream:
+                raise Refused(f"{describe(route.value)} holds the tokens of before {crossed[0].place.name}", node=node.name,
+                              source=source_line(node) or None, method=crossed[0].method.name)
+            return
         pooled = [s for s in crossed if not s.method.represented]
         merged = [s for s in crossed if s.method.merges]
         reason = None
@@ -157,7 +163,8 @@ class _Insertion:
             return
         for anchor in find_anchors(self.editor.graph):
             softmax = anchor.softmax
-            if anchor.causal and symbolic_axes(proof.values.get(softmax)):
+            sizes = [n for n in getattr(proof.values.get(softmax), "shape", ()) if isinstance(n, sympy.Expr)]
+            if anchor.causal and any(n not in proof.splices for n in sizes):  # a decoder behind numbers its tokens anew
                 raise Refused("the attention is causal, and the method does not keep tokens in order", node=softmax.name,
                               source=source_line(softmax) or None, method=shuffling.method.name)
 
@@ -202,6 +209,8 @@ class _Insertion:
     def _route(self, route: Route, position: bool = False) -> fx.Node:
         """A side value brought from its level to the stream's, one gather for each cut and axis. What holds a `position` (a
         rotary table) is cut short instead where tokens are numbered anew."""
+        if route.splice is not None:
+            return self._among(route, route.splice)
         position &= len(route.axes) == 1
         key = (route.value, route.axes, route.prefix, route.rank, position)
         known = self.routed.setdefault(key, {route.from_level: route.value})
@@ -228,6 +237,26 @@ class _Insertion:
                 value = self._emit(gather, [route.value if dense else value, kept], route.value)
             known[level] = value
         return value
+
+    def _among(self, route: Route, splice: Splice) -> fx.Node:
+        """A side value of a longer sequence that the stream is a part of. What the model makes by itself (rotary tables, causal
+        masks) numbers the positions of that sequence: it is cut short at its end. What comes from an input of the graph says
+        something of each token: the entries of those behind the stream stay theirs."""
+        key = (route.value, route.axes, -1, route.rank, False)
+        known = self.routed.setdefault(key, {})
+        if route.to_level not in known:
+            kept = self.counts[self.cuts[route.to_level - 1].symbol] - splice.lost
+            count = splice.lead + kept + splice.trail
+            given = route.value in self.dependent
+
+            def shorten(v: Tensor) -> Tensor:
+                for axis in route.axes:
+                    behind = v.narrow(axis, v.shape[axis] - splice.trail, splice.trail)
+                    v = torch.cat([v.narrow(axis, 0, splice.lead + kept), behind], axis) if given else v.narrow(axis, 0, count)
+                return v
+
+            known[route.to_level] = self._emit(shorten, [route.value], route.value)
+        return known[route.to_level]
 
     def _make_proportional(self, softmax: fx.Node, anchor: Anchor) -> None:
         """Add log(size) over the keys to the attention logits."""

@@ -131,14 +131,25 @@ def make_plan(analysis: Analysis, specs: Sequence[Spec]) -> tuple[list[tuple[Str
     """
     notes: list[str] = []
     chosen = [(spec, *_places(analysis, spec)) for spec in specs]
-    plan = []
+    plan: list[tuple[Stream, list[Step]]] = []
     for stream in analysis.streams:
         rank = {place.name: i for i, place in enumerate(stream.places)}
         entries = sorted(((rank[p.name], n, spec) for n, (spec, s, places) in enumerate(chosen) if s is stream
                           for p in places), key=lambda e: e[:2])
         if entries:
-            plan.append((stream, _steps(stream, [(stream.places[r], spec) for r, _, spec in entries], notes)))
+            plan.append((stream, _steps(stream, [(stream.places[r], spec) for r, _, spec in entries], plan, notes)))
     return plan, notes
+
+
+def tokens_left(stream: Stream, steps: Sequence[Step]) -> int:
+    """How many tokens of a stream are left after those of `steps` that are its own (places of a stream are its alone)."""
+    own = [s for s in steps if any(s.place is place for place in stream.places)]
+    return own[-1].tokens_out + own[-1].place.lost if own else tokens_at_start(stream, steps)
+
+
+def tokens_at_start(stream: Stream, steps: Sequence[Step]) -> int:
+    """How many tokens come into a stream when the encoders that feed it are compressed by `steps`."""
+    return stream.tokens - sum(s.stream.tokens - tokens_left(s.stream, steps) for s in stream.sources)
 
 
 SITES = {"block": "encoder.block[i]", "out": "encoder.out", "projector": "projector.in or projector.out",
@@ -255,8 +266,10 @@ def _no_streams(analysis: Analysis, method: str) -> Refused:
                    f"The first is {describe(anchor.softmax)}: {reason}", method=method, node=anchor.softmax.name)
 
 
-def _steps(stream: Stream, entries: list[tuple[Place, Spec]], notes: list[str]) -> list[Step]:
-    count = stream.tokens
+def _steps(stream: Stream, entries: list[tuple[Place, Spec]], plan: Sequence[tuple[Stream, list[Step]]],
+           notes: list[str]) -> list[Step]:
+    fed = [step for _, planned in plan for step in planned]
+    count = tokens_at_start(stream, fed)
     steps: list[Step] = []
     schedules: dict[int, list[int]] = {}
     position: dict[int, int] = {}
@@ -266,7 +279,7 @@ def _steps(stream: Stream, entries: list[tuple[Place, Spec]], notes: list[str]) 
         parameters |= {k: v for k, v in given.items() if k in parameters}
         here = count - place.lost
         try:
-            start, stop = _span(stream, place, spec, count, steps)
+            start, stop = _span(stream, place, spec, count, steps, fed)
             protected, tail, free = start, here - stop, stop - start
             if tail < stream.trailing:
                 raise ValueError(f"the model reads the last {stream.trailing} of the tokens by position: end the span at "
@@ -315,17 +328,20 @@ def place_protected(stream: Stream, place: Place) -> int:
     return stream.protected - place.lost
 
 
-def _span(stream: Stream, place: Place, spec: Spec, count: int, before: list[Step]) -> tuple[int, int]:
+def _span(stream: Stream, place: Place, spec: Spec, count: int, before: list[Step], fed: list[Step]) -> tuple[int, int]:
     """The first token that the method may look at, and the one behind the last."""
     protected = place_protected(stream, place)
     if place.kind != "decoder":
         return protected, count - place.lost
     if before:  # the span is that of the first step, less what has been taken out of it
         first = before[0].protected, before[0].tokens_in - before[0].tail
-        if "span" in spec.parameters and read_span(spec.parameters["span"], protected, stream.tokens) != first:
+        if "span" in spec.parameters and read_span(spec.parameters["span"], protected, tokens_at_start(stream, fed)) != first:
             raise ValueError(f"span={spec.parameters['span']} is not the span of {before[0].method.name} before it, "
                              f"{first[0]}:{first[1]}: methods of one decoder share their span")
         return before[-1].protected, count - before[-1].tail
+    if "span" not in spec.parameters and len(stream.sources) == 1:  # the graph says where the encoder's tokens are
+        source = stream.sources[0]
+        return source.lead, source.lead + tokens_left(source.stream, fed) - source.lost
     if "span" not in spec.parameters:
         raise ValueError("say which tokens are the image's, the video's or the audio's: span=START:STOP")
     return read_span(spec.parameters["span"], protected, count)

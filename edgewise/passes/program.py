@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from edgewise.passes.analysis import Analysis, Stream, analyse
 from edgewise.passes.cleanup import clean_up
 from edgewise.passes.insert import Insert, Tap
-from edgewise.passes.plan import Spec, Step, make_plan, parse_spec
+from edgewise.passes.plan import Spec, Step, make_plan, parse_spec, tokens_at_start
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Program:
         """Every site in graph order, with its token counts in this program."""
         sites = []
         for stream in self.analysis.streams:
-            count = stream.tokens
+            count = tokens_at_start(stream, self.steps)
             for place in stream.places:
                 steps = [s for s in self.steps if s.place.name == place.name]
                 here = count - place.lost

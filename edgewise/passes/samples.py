@@ -56,7 +56,7 @@ class Samples:
         if len(shape) != 3 or shape[batch_axis] == 1:
             return
         self.symbol = engine.symbol(f"{root.name}_samples", shape[batch_axis], SampleCount)
-        result = _Propagator(engine, [Cut(root, batch_axis, self.symbol, 1)], shape[batch_axis]).run(nodes)
+        result = _Propagator(engine, [Cut(root, batch_axis, self.symbol, 1)]).run(nodes)
         self.values = result.values
         for refusal in result.refusals:
             if any(symbolic_axes(tokens.values.get(n)) for n in refusal.node.all_input_nodes):

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from edgewise.passes import token_rules
 from edgewise.passes.anchors import elementwise
 from edgewise.passes.symbolic import Abstract, Engine, Pinned, Size
-from edgewise.passes.token_rules import NoRule
+from edgewise.passes.token_rules import NoRule, Rewrite
 
 aten = torch.ops.aten
 
@@ -37,9 +37,20 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Splice:
+    """Where a stream's tokens stand in a longer sequence: behind `lead` others and before `trail` others. The first `lost` of
+    the stream are not among them."""
+
+    lead: int
+    trail: int
+    lost: int
+
+
+@dataclass(frozen=True)
 class Route:
     """A side value that meets the stream: `axes` of `value` count tokens, as of `from_level`, and must follow to
-    `to_level`. The value lacks the first `prefix` tokens. `rank` is the rank it is broadcast to at the consumer."""
+    `to_level`. The value lacks the first `prefix` tokens. `rank` is the rank it is broadcast to at the consumer.
+    With a `splice` it has an entry for each token of the longer sequence that the stream is a part of."""
 
     value: fx.Node
     axes: tuple[int, ...]
@@ -47,6 +58,7 @@ class Route:
     from_level: int
     to_level: int
     rank: int
+    splice: Splice | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,10 @@ class Propagation:
     trailing: dict[fx.Node, int] = field(default_factory=dict)
     """Nodes that read the last tokens, and how many those are."""
     refusals: list[Refusal] = field(default_factory=list)
+    splices: dict[Size, Splice] = field(default_factory=dict)
+    """Counts of longer sequences that the stream is a part of."""
+    spliced: dict[fx.Node, int] = field(default_factory=dict)
+    """Nodes that put tokens of the stream (their operand at that position) among others."""
 
 
 def static_abstract(node: fx.Node) -> Any:
@@ -79,12 +95,11 @@ def static_abstract(node: fx.Node) -> Any:
 class Propagator:
     """One propagation through a graph, from a chain of cuts on one stream."""
 
-    def __init__(self, engine: Engine, cuts: list[Cut], tokens: int) -> None:
+    def __init__(self, engine: Engine, cuts: list[Cut]) -> None:
         self.engine = engine
         self.cuts = {cut.node: cut for cut in cuts}
         self.level = {cut.symbol: cut.level for cut in cuts}
         self.symbols = {cut.level: cut.symbol for cut in cuts}
-        self.tokens = tokens
         self.result = Propagation()
         self._stuck: set[fx.Node] = set()
 
@@ -143,13 +158,58 @@ class Propagator:
         self._check_hints(node, out)
         if node.target in token_rules.LITERALS:
             self.result.literals[node] = changed.args
-        if changed.protected:
-            self.result.protected[node] = changed.protected
-        if changed.trailing:
-            self.result.trailing[node] = changed.trailing
+        splice = self._splice(node, args, changed, out)
+        leading, trailing = changed.protected, changed.trailing
+        if splice is not None:  # tokens around those of the stream stay where they are
+            leading = leading - splice.lead + splice.lost if leading > splice.lead else 0
+            trailing = max(0, trailing - splice.trail)
+        if leading:
+            self.result.protected[node] = leading
+        if trailing:
+            self.result.trailing[node] = trailing
         if routes:
             self.result.routes[node] = routes
         return out
+
+    def _splice(self, node: fx.Node, args: Any, changed: Rewrite, out: Any) -> Splice | None:
+        """Follow where the stream is in a longer sequence; gives back where it is in what `node` takes a part of."""
+        if node.target is aten.cat.default:
+            axis = (args[1] if len(args) > 1 else 0) % len(out.shape)
+            sizes = [value.shape[axis] for value in args[0]]
+            counted = [place for place, n in enumerate(sizes) if isinstance(n, sympy.Expr)]
+            if len(counted) == 1:
+                place = counted[0]
+                inner = self._place_of(sizes[place])
+                if inner is not None:
+                    self._record(node, out.shape[axis], Splice(inner.lead + sum(sizes[:place]),
+                                                               inner.trail + sum(sizes[place + 1:]), inner.lost))
+                    self.result.spliced[node] = place
+            return None
+        if node.target not in (aten.slice.Tensor, aten.select.int):
+            return None
+        source, axis = args[0], args[1] if len(args) > 1 else 0
+        size = source.shape[axis % len(source.shape)]
+        splice = self.result.splices.get(size) if isinstance(size, sympy.Expr) else None
+        if splice is not None and node.target is aten.slice.Tensor and isinstance(out.shape[axis % len(out.shape)], sympy.Expr):
+            cut = changed.protected
+            self._record(node, out.shape[axis % len(out.shape)],
+                         Splice(max(0, splice.lead - cut), splice.trail, splice.lost + max(0, cut - splice.lead)))
+        return splice
+
+    def _place_of(self, size: sympy.Expr) -> Splice | None:
+        """The place of the stream in what has `size` entries; None where those are not single tokens."""
+        if size in self.result.splices:
+            return self.result.splices[size]
+        level = max((self.level[s] for s in size.free_symbols if s in self.level), default=0)
+        lost = self.symbols[level] - size if level else None
+        return Splice(0, 0, int(lost)) if lost is not None and lost.is_number and lost >= 0 else None
+
+    def _record(self, node: fx.Node, size: Size, splice: Splice) -> None:
+        plain = self._place_of(size) if size not in self.result.splices else None
+        if splice.trail == 0 and plain is not None and splice.lost - splice.lead == plain.lost:
+            return  # leading tokens were replaced: every other token is where it was
+        if plain is not None or self.result.splices.setdefault(size, splice) != splice:
+            raise NoRule("it moves the tokens to other positions of a sequence that is as long as another one")
 
     def _check_hints(self, node: fx.Node, out: Any) -> None:
         """At the captured counts the propagated shapes must be the captured ones."""
@@ -214,19 +274,26 @@ class Propagator:
         for place in sorted({p for p, _ in chosen}):
             axes = tuple(sorted(a for p, a in chosen if p == place))
             value = places[place]
-            offsets, levels = set(), set()
+            offsets, levels, splices = set(), set(), set()
             for axis in axes:
                 symbols = value.shape[axis].free_symbols if isinstance(value.shape[axis], sympy.Expr) else set()
                 levels.add(max((self.level[s] for s in symbols), default=0))
-                offset = targets[self.engine.hint(value.shape[axis])] - stream
+                target = targets[self.engine.hint(value.shape[axis])]
+                splices.add(self.result.splices.get(target))
+                if target in self.result.splices:
+                    continue
+                offset = target - stream
                 if not offset.is_number or offset > 0:
                     raise NoRule("a side value meets a token count that is not the tokens less a fixed prefix")
                 offsets.add(-int(offset))
-            if len(offsets) != 1 or len(levels) != 1:
+            spliced = next(iter(splices))
+            if len(splices) != 1 or len(levels) != 1 or (len(offsets) != 1 and spliced is None):
                 raise NoRule("a side value has dimensions that count different sets of tokens")
             source = _operand(node, place)
             rank = max(node.meta["val"].ndim, len(value.shape))
-            routes[place] = Route(source, axes, offsets.pop(), levels.pop(), highest, rank)
+            if spliced is not None and levels != {0}:
+                raise NoRule("a side value of a longer sequence was made between two sites of the encoder")
+            routes[place] = Route(source, axes, 0 if spliced else offsets.pop(), levels.pop(), highest, rank, spliced)
             if routes[place].prefix:
                 self.result.protected[node] = max(self.result.protected.get(node, 0), routes[place].prefix)
         return routes
