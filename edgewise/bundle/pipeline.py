@@ -6,8 +6,8 @@ Conventions that every exporter of a pipeline keeps, and the runtime reads:
   `(1, heads, tokens, size)`: tokens that came from media first, in the order in which the encoder gave them, then the
   prompt's bucket, whose real tokens are the last ones. Layers may have kept different numbers of media tokens.
 - `decode` takes `input_ids (1, 1)`, `position`, `length (1)` (real tokens of the prompt), `step (1)` (new tokens that are in
-  the caches), and `key_i`, `value_i` with `slots` tokens: those of prefill, then room for new ones. It gives `logits` and the
-  new token's own `key_i`, `value_i` `(1, heads, 1, size)`, which the runtime writes to slot `tokens + step`.
+  the caches), and `past_key_i`, `past_value_i` with `slots` tokens: those of prefill, then room for new ones. It gives `logits` and
+  the new token's own `key_i`, `value_i` `(1, heads, 1, size)`, which the runtime writes to slot `tokens + step`.
 - What only the encoder makes (`cross_key_i`, `cross_value_i`) is handed to `decode` under its name, unchanged.
 
 Order in a sequence is what `position` says, never the place in a graph: a token sees those whose position is not larger.
@@ -42,7 +42,8 @@ class Pipeline(Strict):
       generated. `media_tokens`: tokens that one image or recording becomes in front of the decoder.
     - `placeholder_id`: the token that stands for media in a prompt, `placeholder` its text; `before` and `after` are ids that the
       model's processor puts around them.
-    - `positions`: `dense`: tokens that stay are numbered without gaps; `kept`: they keep the positions that they had.
+    - `media_positions`: rows of positions of an image's tokens, from that of the first, where they are not numbered as text is;
+      the first new position behind an image is `media_advance` after the first of its own.
     - `template`: the text around a prompt, which stands at `{prompt}`.
     - `start_ids`: what a decoder begins with besides the prompt. `suppress_ids` are never generated, `suppress_first_ids` not as
       the first token. `eos_ids` end the text.
@@ -58,7 +59,8 @@ class Pipeline(Strict):
     placeholder: str = ""
     before: tuple[Count, ...] = ()
     after: tuple[Count, ...] = ()
-    positions: Literal["dense", "kept"] = "dense"
+    media_positions: tuple[tuple[Count, ...], ...] = ()
+    media_advance: Count = 0
     template: str = "{prompt}"
     start_ids: tuple[Count, ...] = ()
     suppress_ids: tuple[Count, ...] = ()

@@ -38,6 +38,13 @@ def export(
     ] = None,
     input_shapes: options.InputShapes = None,
     batch: options.Batch = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option("--prompt-tokens", metavar="N", help="Of a generative model: the longest prompt, image aside. Default: 128."),
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option("--new-tokens", metavar="N", help="Of a generative model: the most it generates. Default: 128.")
+    ] = None,
     seed: options.Seed = None,
     trust_remote_code: options.TrustRemoteCode = False,
     weights_only: options.WeightsOnly = False,
@@ -70,6 +77,8 @@ def export(
             devices=device or defaults.devices,
             input_shapes=parse_shapes(input_shapes) if input_shapes else defaults.input_shapes,
             batch=defaults.batch if batch is None else batch,
+            prompt_tokens=defaults.prompt_tokens if prompt_tokens is None else prompt_tokens,
+            new_tokens=defaults.new_tokens if new_tokens is None else new_tokens,
             seed=defaults.seed if seed is None else seed,
             trust_remote_code=trust_remote_code,
             weights_only=weights_only,

@@ -113,6 +113,8 @@ def export(
     devices: Sequence[str] = (),
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     batch: int = 1,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
     weights_only: bool = False,
@@ -130,6 +132,7 @@ def export(
         calibration: not used by any precision yet; giving it is an error.
         devices: what to build for ahead of time, as far as the targets can: `sm86` for `tensorrt`.
         input_shapes, batch, trust_remote_code, weights_only: see `load_source`.
+        prompt_tokens, new_tokens: of a generative model: the longest prompt besides the image, and the most tokens generated.
         seed: of example inputs, where no real ones are at hand. cache: reuse lowered artifacts.
 
     Raises InputError (bad input), Refused (no provably right graph) or CheckFailed (a rung above its threshold).
@@ -140,6 +143,9 @@ def export(
     chosen = _targets(targets, precision, devices)
     if batch < 1:
         raise InputError(f"batch={batch}: the first dimension of the inputs is 1 or more")
+    for name, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
+        if count is not None and count < 1:
+            raise InputError(f"{name}={count}: give 1 or more")
     if calibration is not None:
         raise InputError(f"precision {precision} takes no calibration data: it has no statistics to gather")
     if isinstance(model, str) and example is not None:
@@ -165,11 +171,13 @@ def export(
         devices=tuple(devices),
         input_shapes={k: tuple(v) for k, v in (input_shapes or {}).items()},
         batch=batch,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
         seed=seed,
     )
     job = Job(recipe, source, chosen, progress, Cache() if cache else None, done=1)
     # The place is checked by the writer before any work is done.
-    return write_bundle(out, lambda folder: _build(job, folder))
+    return write_bundle(out, lambda folder: _whole(job, folder))
 
 
 def _targets(names: Sequence[str], precision: str, devices: Sequence[str]) -> list[Target]:
@@ -204,7 +212,30 @@ def _given(model: nn.Module | ExportedProgram, example: Any) -> Source:
     return Source(name, type(model).__name__, module=model, args=args, kwargs=kwargs)
 
 
-def _build(job: Job, folder: Path) -> Manifest:
+def _whole(job: Job, folder: Path) -> Manifest:
+    """Build all of a bundle but its manifest file."""
+    from edgewise.exporter.pipeline.export import build_pipeline, is_pipeline
+
+    if is_pipeline(job.source):
+        return build_pipeline(job, folder)
+    if job.recipe.prompt_tokens or job.recipe.new_tokens:
+        raise InputError(
+            f"{job.source.class_name} generates no text from images: --prompt-tokens and --new-tokens have no meaning for it"
+        )
+    manifest, program = build_component(job, folder)
+    finish(manifest, [program], job, folder)
+    return manifest
+
+
+def finish(manifest: Manifest, programs: Sequence[Program], job: Job, folder: Path) -> None:
+    """Write what a bundle has once, however many components it holds: recipe and report."""
+    (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), "utf-8")
+    write_report(manifest, [program.sites for program in programs], folder / "report.html")
+
+
+def build_component(job: Job, folder: Path) -> tuple[Manifest, Program]:
+    """Capture, compress, lower and verify the one graph of a job; gives the manifest of a bundle that holds nothing else, and the
+    program that its artifacts were made of."""
     source = job.source
     job.step("capture")
     if source.exported is not None:
@@ -213,6 +244,8 @@ def _build(job: Job, folder: Path) -> Manifest:
     else:
         assert source.module is not None
         program = capture(source.module, source.args, source.kwargs)
+    if source.role is not None:
+        program = program.with_role(source.role)
     steps = {target.name: Legalise(target.realisations) for target in job.chosen}
     # Digests and runs take long and need little Python: they are done aside, while graphs are rewritten here.
     with ThreadPoolExecutor(1, "edgewise") as aside:
@@ -237,9 +270,8 @@ def _build(job: Job, folder: Path) -> Manifest:
             job.rungs.clear()
             job.done -= 1
     job.step("write the bundle")
-    return _manifest(
-        job, compressed, weights_digest, samples, ran.base, wanted, [low.artifact for low in lowered], folder
-    )
+    artifacts = [low.artifact for low in lowered]
+    return _manifest(job, compressed, weights_digest, samples, ran.base, wanted, artifacts, folder), compressed
 
 
 @dataclass(frozen=True)
@@ -475,7 +507,7 @@ def _samples(job: Job, program: Program, attempt: int = 0) -> list[dict[str, Ten
     if real and set(real) == set(captured):
         count = len(next(iter(real.values())))
         # Spread over the split, which may be sorted by label. The first is the example already.
-        starts = [(attempt + i * (count - size) // 3) % (count - size + 1) for i in range(4)]
+        starts = list(dict.fromkeys((attempt + i * (count - size) // 3) % (count - size + 1) for i in range(4)))
         samples = [{k: torch.from_numpy(real[k][s : s + size].copy()) for k in real} for s in starts]
         samples = samples if attempt else [captured, *samples[1:]]
     else:
@@ -558,8 +590,7 @@ def _manifest(
     path = folder / "golden" / f"{program.role}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(save_tensors(dict(sorted(golden.items()))))
-    (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), "utf-8")
-    manifest = Manifest(
+    return Manifest(
         edgewise_version=__version__,
         model=ModelInfo(
             source=job.source.name,
@@ -603,5 +634,3 @@ def _manifest(
         golden={program.role: f"golden/{program.role}.safetensors"},
         seed=job.recipe.seed,
     )
-    write_report(manifest, program.sites, folder / "report.html")
-    return manifest

@@ -22,7 +22,8 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_several)]
 
 
 class Recipe(Strict):
-    """What is asked of an export: one bundle. `input_shapes` by input name; `devices` that artifacts are built for ahead of time.
+    """What is asked of an export: one bundle. `input_shapes` by input name; `devices` that artifacts are built for ahead of time;
+    `prompt_tokens`, `new_tokens` of a generative model (None: the default).
 
     The fields have the names of the arguments of `edgewise.export`, and `recipe.yaml` in a bundle holds all of them.
     """
@@ -34,6 +35,8 @@ class Recipe(Strict):
     devices: Words = ()
     input_shapes: dict[str, tuple[int, ...]] = {}
     batch: Annotated[int, Field(ge=1)] = 1
+    prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    new_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
 
     def to_yaml(self) -> str:

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from edgewise.bundle.manifest import Component, Manifest
+from edgewise.bundle.pipeline import Pipeline
 from edgewise.passes.program import Site
 from edgewise.verify.ladder import Rung
 from edgewise.verify.metrics import Errors, worst
@@ -27,25 +28,28 @@ svg text{fill:var(--ink);font:12px system-ui,sans-serif}code{overflow-wrap:anywh
 """
 
 
-def write_report(manifest: Manifest, sites: Sequence[Site], path: Path) -> None:
-    """Write the page to `path`, beside the files of the bundle that it sums up."""
-    (component,) = manifest.components
+def write_report(manifest: Manifest, sites: Sequence[Sequence[Site]], path: Path) -> None:
+    """Write the page to `path`, beside the files of the bundle that it sums up; `sites` are those of each component."""
     sizes = {a.label: sum((path.parent / f).stat().st_size for f in a.files) for a in manifest.targets}
     spec = ", ".join(manifest.compress) or "no compression"
     body = [
         f"<h1>{escape(manifest.model.source)}</h1>",
         f"<p class=sub>{escape(manifest.model.class_name)}, {manifest.model.parameters:,} parameters · {escape(spec)} · "
         f"edgewise {escape(manifest.edgewise_version)}</p>",
-        "<div class=cards>",
-        *_cards(component, sites, sizes),
-        "</div>",
     ]
-    if component.sites:
-        body += [
-            "<h2>Tokens at every site</h2>",
-            _chart(sites),
-            "<p class=sub>The full bar is what a site gets; the dark part is what it passes on.</p>",
-        ]
+    for component, own in zip(manifest.components, sites, strict=True):
+        files = {a.label: sizes[a.label] for a in manifest.targets if a.role == component.role}
+        if len(manifest.components) > 1:
+            body.append(f"<h2>{escape(component.role)}</h2>")
+        body += ["<div class=cards>", *_cards(component, own, files), "</div>"]
+        if component.sites:
+            body += [
+                "<h2>Tokens at every site</h2>",
+                _chart(own),
+                "<p class=sub>The full bar is what a site gets; the dark part is what it passes on.</p>",
+            ]
+    if manifest.pipeline is not None:
+        body += ["<h2>Caches</h2>", _caches(manifest.pipeline)]
     body += [
         "<h2>Artifacts</h2>",
         _table(
@@ -98,6 +102,15 @@ def _cards(component: Component, sites: Sequence[Site], sizes: dict[str, int]) -
         yield _card(f"{before / after:.2f}×", "speed-up that the FLOP count promises; edgewise bench measures it")
     for label, size in sizes.items():
         yield _card(f"{size / 1e6:.2f} MB", label)
+
+
+def _caches(pipeline: Pipeline) -> str:
+    rows = [
+        [str(i), str(layer.media), str(layer.tokens), str(layer.slots), f"{layer.bytes / 1e6:.3f}"]
+        for i, layer in enumerate(pipeline.caches)
+    ]
+    rows.append(["all", "", "", "", f"{pipeline.cache_bytes / 1e6:.3f}"])
+    return _table(["layer", "media tokens", "tokens after prefill", "slots", "MB"], rows, numbers={1, 2, 3, 4})
 
 
 def _card(value: str, label: str) -> str:

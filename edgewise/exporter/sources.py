@@ -23,7 +23,8 @@ from edgewise.errors import InputError, extras_named, unknown
 @dataclass
 class Source:
     """A loaded model: `module` or an `exported` program, example inputs by position or name, what the processor does to
-    raw data, and real `samples` of the inputs where the source has them (shape `(n, *input)`)."""
+    raw data, and real `samples` of the inputs where the source has them (shape `(n, *input)`). `role`: of the program, where it is
+    known and not to be found from the graph."""
 
     name: str
     class_name: str
@@ -34,6 +35,7 @@ class Source:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, np.ndarray] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    role: str | None = None
 
 
 def load_source(

@@ -74,7 +74,8 @@ def find_anchors(graph: fx.Graph) -> list[Anchor]:
 
 
 class CausalMasks:
-    """Tells whether an attention is causal: by its own flag, or by a constant mask in which no query sees a later key."""
+    """Tells whether an attention is causal: by its own flag, by a constant mask in which no query sees a later key, or by a mask
+    that compares the positions of queries and keys, which come from one value."""
 
     def __init__(self, program: ExportedProgram) -> None:
         self.constants = {k: v for k, v in parameters_of(program).items() if v.ndim >= 2}
@@ -101,11 +102,40 @@ class CausalMasks:
                 continue
             if node.target in _MATMULS:
                 continue
+            if node.target in _COMPARES and shape_of(node)[-2:] == size and _compares_positions(node):
+                return True
             for parent in node.all_input_nodes:
                 if parent not in seen:
                     seen.add(parent)
                     queue.append(parent)
         return False
+
+
+_COMPARES = {aten.ge.Tensor, aten.gt.Tensor, aten.le.Tensor, aten.lt.Tensor}
+
+
+def _compares_positions(node: fx.Node) -> bool:
+    """Whether rows and columns that are compared are whole numbers, and come from one value."""
+    if len(node.all_input_nodes) != 2:
+        return False
+    sides = sorted(node.all_input_nodes, key=lambda n: shape_of(n)[-1])
+    if shape_of(sides[0])[-1] != 1 or shape_of(sides[1])[-2:-1] != (1,):
+        return False
+    if any(n.meta["val"].is_floating_point() for n in sides):
+        return False
+    first, second = ({side, *_few_ancestors(side)} for side in sides)
+    return bool(first & second)
+
+
+def _few_ancestors(node: fx.Node, most: int = 8) -> Iterator[fx.Node]:
+    """The nearest ancestors of a node, breadth first."""
+    queue, seen = [node], {node}
+    while queue and len(seen) <= most:
+        for parent in queue.pop(0).all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                queue.append(parent)
+                yield parent
 
 
 def _causal(mask: Tensor) -> bool:

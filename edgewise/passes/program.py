@@ -72,10 +72,12 @@ class Program:
         """The program as a module, callable like the model."""
         return self.exported.module()
 
-    def with_role(self, **known: Any) -> Program:
-        """The same, `known` fields replaced, with the role of its only stream of tokens (`model`: it has several or none)."""
-        roles = [s.role for s in self.analysis.streams]
-        role = roles[0] if len(roles) == 1 else "model"
+    def with_role(self, role: str | None = None, **known: Any) -> Program:
+        """The same, `known` fields replaced, with this role, or that of its only stream of tokens (`model`: it has several or
+        none)."""
+        if role is None:
+            roles = [s.role for s in self.analysis.streams]
+            role = roles[0] if len(roles) == 1 else "model"
         named = replace(self, role=role, **known)
         named.__dict__["analysis"] = self.analysis
         return named

@@ -77,17 +77,17 @@ class Decoder:
             outputs = self.decode.run({**caches, **self._shaped({**fixed, **changing})})
             for i, layer in enumerate(self.pipeline.caches):
                 for kind in ("key", "value"):
-                    caches[f"{kind}_{i}"][:, :, layer.tokens + step] = outputs[f"{kind}_{i}"][:, :, 0]
+                    caches[f"past_{kind}_{i}"][:, :, layer.tokens + step] = outputs[f"{kind}_{i}"][:, :, 0]
             into.timed("decode", start)
 
     def _caches(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What prefill made, with room behind it for the tokens to come."""
         caches = {}
         for i, layer in enumerate(self.pipeline.caches):
-            for name in (f"key_{i}", f"value_{i}"):
-                made, info = outputs[name], self._inputs[name]
-                caches[name] = np.zeros(info.shape, info.dtype)
-                caches[name][:, :, : layer.tokens] = made
+            for kind in ("key", "value"):
+                name = f"past_{kind}_{i}"
+                caches[name] = np.zeros(self._inputs[name].shape, self._inputs[name].dtype)
+                caches[name][:, :, : layer.tokens] = outputs[f"{kind}_{i}"]
         return caches
 
     def _shaped(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

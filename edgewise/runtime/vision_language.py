@@ -55,26 +55,40 @@ class VisionLanguage(GenerativePipeline):
         start = time.perf_counter()
         visual = next(iter(self.sessions["vision_encoder"].run({self._image_input.name: pixels}).values()))
         into.timed("vision_encoder", start)
-        ids = np.zeros((1, about.prompt_tokens), np.int64)
-        position = np.full((1, about.prompt_tokens), -1, np.int64)
-        if length:
-            ids[0, -length:] = before + after
-            position[0, -length:] = [*range(len(before)), *range(len(before) + about.media_tokens, length + about.media_tokens)]
-        feeds = {
-            "visual": visual,
-            "visual_position": (len(before) + np.arange(about.media_tokens, dtype=np.int64))[None],
-            "input_ids": ids,
-            "position": position,
-        }
         tokens = self.decoder.tokens(
-            feeds,
+            {"visual": visual, **self._placed(before, after)},
             length=length,
-            position=length + about.media_tokens,
+            position=length + about.media_advance,
             sampling=sampling or Sampling(),
             most=about.new_tokens if max_new_tokens is None else max_new_tokens,
             into=into,
         )
         return self._collect(tokens, into, on_text)
+
+    def _placed(self, before: list[int], after: list[int]) -> dict[str, np.ndarray]:
+        """The prompt in its bucket, behind the fill, and where every token is in the sequence: -1 for the fill."""
+        about, start = self.description, len(before)
+        length = start + len(after)
+        ids = np.zeros((1, about.prompt_tokens), np.int64)
+        ids[0, about.prompt_tokens - length :] = before + after
+
+        def position(behind: int) -> np.ndarray:
+            made = np.full((1, about.prompt_tokens), -1, np.int64)
+            made[0, about.prompt_tokens - length :] = [*range(start), *range(start + behind, length + behind)]
+            return made
+
+        order = start + np.arange(about.media_tokens, dtype=np.int64)[None]
+        if not about.media_positions:
+            return {"visual_position": order, "input_ids": ids, "position": position(about.media_advance)}
+        rows = np.array(about.media_positions, np.int64) + start
+        text = np.repeat(position(about.media_advance), len(rows), axis=0)
+        if len(rows) == 1:
+            return {"visual_position": rows, "input_ids": ids, "position": text}
+        return {
+            "visual_position": np.concatenate([order, rows])[None],
+            "input_ids": ids,
+            "position": np.concatenate([position(about.media_tokens), text])[None],
+        }
 
     def _ids(self, prompt: str | None, input_ids: Sequence[int] | None) -> list[int]:
         about = self.description
@@ -84,7 +98,8 @@ class VisionLanguage(GenerativePipeline):
             return [int(token) for token in input_ids]
         assert prompt is not None
         whole = prompt if about.placeholder and about.placeholder in prompt else about.template.replace("{prompt}", prompt)
-        return self.tokenizer.encode(whole)
+        special = whole == prompt or bool(about.settings.get("template_special", True))
+        return self.tokenizer.encode(whole, special=special)
 
     def _split(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """The ids before and behind the image, with those that the model wants around it."""

@@ -1,0 +1,217 @@
+"""The seam between image and text, learned from the whole model: where its decoder puts the tokens of an image, and who sees whom.
+
+Nothing is known of families here: the model runs once on a prompt, what its decoder is given is looked at, and the components
+that are captured must then give the same logits, token by token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgewise.errors import InputError
+from edgewise.exporter.capture import evaluating, quiet
+from edgewise.exporter.pipeline.vision_language import RULES, Decode, Prefill, Rule, VisionEncoder
+from edgewise.verify.ladder import Rung, judge
+
+THRESHOLD = 1e-4
+"""Largest relative error of the components, joined, against the whole model."""
+
+_STEPS = 3
+"""New tokens that are compared."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """How an image is joined with text.
+
+    offsets `(rows, K)`: positions of the image's tokens, from that of the first; `advance`: how many positions the text behind the
+    image is further on. One row is an order as well; of several, none is. `rule` says who sees whom.
+    """
+
+    offsets: np.ndarray
+    advance: int
+    rule: Rule = "causal"
+
+    @property
+    def dense(self) -> bool:
+        """Whether an image's tokens are numbered as text is, so that fewer of them are numbered without gaps."""
+        return len(self.offsets) == 1 and self.advance == self.offsets.shape[1] and bool(
+            (self.offsets[0] == np.arange(self.advance)).all()
+        )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's tokens before and behind one image."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def whole(self, image: int, count: int) -> Tensor:
+        """All ids, `count` placeholders included: `(1, N)`."""
+        return torch.tensor([[*self.before, *[image] * count, *self.after]])
+
+    def feeds(self, seam: Seam, bucket: int) -> dict[str, Tensor]:
+        """Inputs of prefill besides the image's tokens."""
+        length = len(self.before) + len(self.after)
+        count = seam.offsets.shape[1]
+        ids = torch.zeros(1, bucket, dtype=torch.int64)
+        ids[0, bucket - length :] = torch.tensor(self.before + self.after, dtype=torch.int64)
+        start = len(self.before)
+        text = torch.tensor([*range(start), *range(start + seam.advance, length + seam.advance)], dtype=torch.int64)
+        media = torch.from_numpy(seam.offsets) + start
+        position = torch.full((1, bucket), -1, dtype=torch.int64)
+        position[0, bucket - length :] = text
+        if len(media) == 1:
+            return {"visual_position": media, "input_ids": ids, "position": position}
+        # The first row is the order of the sequence.
+        order = torch.full((1, bucket), -1, dtype=torch.int64)
+        order[0, bucket - length :] = torch.tensor([*range(start), *range(start + count, length + count)])
+        return {
+            "visual_position": torch.cat([torch.arange(start, start + count)[None], media])[None],
+            "input_ids": ids,
+            "position": torch.cat([order, position.expand(len(media), -1)])[None],
+        }
+
+    def next_position(self, seam: Seam) -> int:
+        """The position of the first new token."""
+        return len(self.before) + len(self.after) + seam.advance
+
+
+def random_prompt(model: nn.Module, image: int, bucket: int, length: int, seed: int) -> Prompt:
+    """Seeded ids of text around an image: a third of them before it."""
+    config: Any = model.config
+    vocabulary = int(config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocabulary, (min(length, bucket),), generator=generator).tolist()
+    ids = [token if token != image else (token + 1) % vocabulary for token in ids]
+    return Prompt(tuple(ids[: len(ids) // 3]), tuple(ids[len(ids) // 3 :]))
+
+
+def learn(
+    model: nn.Module, pixel_values: Tensor, settled: Mapping[str, Any], image: int, bucket: int, seed: int
+) -> tuple[Seam, Rung]:
+    """Run the whole model and find the seam under which the components give the same; and the rung that says how closely.
+
+    Raises InputError where none does: the model is of a kind that this pipeline does not know.
+    """
+    prompt = random_prompt(model, image, bucket, 7, seed)
+    encoder = VisionEncoder(model, settled)
+    with evaluating(model), quiet():
+        visual = _first_run(encoder, pixel_values)
+        ids = prompt.whole(image, visual.shape[1])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixel_values, **settled}
+        inputs |= token_types(model, ids == image)
+        seen = _decoder_inputs(model, inputs)
+        seam = _positions(seen.get("position_ids"), prompt, visual.shape[1])
+        made = model.generate(  # type: ignore[operator]
+            **inputs,
+            max_new_tokens=_STEPS,
+            min_new_tokens=_STEPS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        wanted = torch.cat(list(made.logits)).float().numpy()
+        tokens = made.sequences[0, -_STEPS:].tolist()
+        rungs = []
+        for rule in RULES:
+            seam = Seam(seam.offsets, seam.advance, rule)
+            found = _joined(model, visual, prompt, seam, bucket, tokens)
+            outputs = {"logits": wanted}, {"logits": found}
+            rung = judge("components, joined", "whole model", "capture", *outputs, threshold=THRESHOLD)
+            if rung.passed:
+                return seam, rung
+            rungs.append(rung)
+    best = min(rung.outputs["logits"].relative or float("inf") for rung in rungs)
+    raise InputError(
+        f"{type(model).__name__} cannot be split: its image encoder and its decoder, joined by the positions that "
+        f"the whole model uses, give other logits than it does (relative error {best:.1e}). Something between them is not "
+        "known here (features that are added inside of the decoder, other masks); export its components one by one"
+    )
+
+
+def _first_run(encoder: VisionEncoder, pixel_values: Tensor) -> Tensor:
+    try:
+        return encoder(pixel_values)["visual"]
+    except Exception as error:
+        raise InputError(
+            f"{type(encoder.model).__name__} cannot encode an image of shape {list(pixel_values.shape)}: {error}"
+        ) from error
+
+
+def token_types(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """What a processor says of each token besides its id, where the model asks for it: 1 for an image's tokens."""
+    takes = inspect.signature(model.forward).parameters
+    return {"mm_token_type_ids": image.long()} if "mm_token_type_ids" in takes else {}
+
+
+def _decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the whole model hands to its decoder."""
+    seen: dict[str, Any] = {}
+    handle = model.get_decoder().register_forward_pre_hook(  # type: ignore[operator]
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return seen
+
+
+def _positions(given: Tensor | None, prompt: Prompt, count: int) -> Seam:
+    """The offsets of an image's tokens in the positions `(N)`, `(1, N)` or `(rows, 1, N)` that the decoder was given."""
+    start, length = len(prompt.before), len(prompt.before) + len(prompt.after)
+    if given is None:
+        return Seam(np.arange(count)[None], count)
+    rows = given.reshape(-1, given.shape[-1]).numpy()
+    if (rows == rows[0]).all():
+        rows = rows[:1]
+    elif len(rows) == 4:  # the order of the sequence, then time, height and width
+        rows = rows[1:]
+    base = int(rows[0, 0])
+    if base:  # families that count from one
+        raise InputError(f"positions begin at {base}, and only those that begin at 0 are known here")
+    offsets = rows[:, start : start + count] - start
+    advance = int(rows[0, -1]) + 1 - length
+    return Seam(np.ascontiguousarray(offsets, np.int64), advance)
+
+
+def _joined(model: nn.Module, visual: Tensor, prompt: Prompt, seam: Seam, bucket: int, tokens: list[int]) -> np.ndarray:
+    """Logits `(steps, V)` of the components, fed with the tokens that the whole model chose."""
+    length = len(prompt.before) + len(prompt.after)
+    out = Prefill(model, seam.rule)(visual, **prompt.feeds(seam, bucket))
+    decode = Decode(model, bucket, len(tokens))
+    logits = [out["logits"]]
+    key, value = caches(out, len(tokens))
+    for step, token in enumerate(tokens[:-1]):
+        where = decode_position(seam, prompt.next_position(seam) + step)
+        made = decode(torch.tensor([[token]]), where, torch.tensor([length]), torch.tensor([step]), key, value)
+        logits.append(made["logits"])
+        for i, (k, v) in enumerate(zip(key, value, strict=True)):
+            k[:, :, k.shape[2] - len(tokens) + step] = made[f"key_{i}"][:, :, 0]
+            v[:, :, v.shape[2] - len(tokens) + step] = made[f"value_{i}"][:, :, 0]
+    return torch.cat(logits).float().numpy()
+
+
+def decode_position(seam: Seam, position: int) -> Tensor:
+    """The position of a new token, as the decode graph takes it."""
+    rows = len(seam.offsets)
+    return torch.full((1, 1) if rows == 1 else (1, 1 + rows, 1), position)
+
+
+def caches(out: Mapping[str, Tensor], room: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of every layer as prefill made them, with `room` slots behind."""
+    count = sum(name.startswith("key_") for name in out)
+    padded = [
+        [torch.cat([t, t.new_zeros(*t.shape[:2], room, t.shape[3])], dim=2) for t in (out[f"{kind}_{i}"] for i in range(count))]
+        for kind in ("key", "value")
+    ]
+    return padded[0], padded[1]

@@ -1,0 +1,119 @@
+"""The components of a vision-language model: what is captured of it, as plain modules with static shapes.
+
+Visual tokens come first in the graphs, then the prompt's bucket, whose real tokens are its last ones; `position` says where each
+token is in the sequence, and so who sees whom. The last token of a prompt is the last of the graph for every prompt, and the
+visual tokens are the same span: that is what compression inside of the decoder needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from edgewise.exporter.pipeline.decoder import GivenCache, explicit_attention
+
+Rule = Literal["causal", "media", "prompt"]
+"""Who sees whom besides what a token sees before it: nobody more, media tokens one another, or all of the prompt one another."""
+
+RULES: tuple[Rule, ...] = ("causal", "media", "prompt")
+
+
+class VisionEncoder(nn.Module):
+    """`pixel_values` of one image to its tokens `visual (1, K, C)`, in the space of the decoder: tower and projector. `settled` are
+    arguments of the model that follow from the shape of the image."""
+
+    def __init__(self, model: nn.Module, settled: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.settled = dict(settled or {})
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        made = self.model.get_image_features(pixel_values=pixel_values, **self.settled, return_dict=True)
+        features = made.pooler_output
+        if isinstance(features, (list, tuple)):
+            features = torch.cat([one.reshape(-1, one.shape[-1]) for one in features], dim=0)
+        return {"visual": features.reshape(1, -1, features.shape[-1])}
+
+
+class Prefill(nn.Module):
+    """`visual (1, K, C)` at `visual_position (1, K)`, and the prompt's `input_ids (1, P)` at `position (1, P)`, which is -1 where
+    there is no token, to `logits (1, V)` of the last and every layer's `key_i`, `value_i`.
+
+    Positions may have several rows `(1, 1 + rows, N)`: the first is the order of the sequence then, and the others say where a
+    token is in time, height and width.
+    """
+
+    def __init__(self, model: nn.Module, rule: Rule = "causal") -> None:
+        super().__init__()
+        self.model: Any = model
+        self.rule = rule
+
+    def forward(self, visual: Tensor, visual_position: Tensor, input_ids: Tensor, position: Tensor) -> dict[str, Tensor]:
+        embeds = torch.cat([visual, self.model.get_input_embeddings()(input_ids)], dim=1)
+        where = torch.cat([visual_position, position], dim=-1)
+        cache = GivenCache()
+        mask = self._mask(where, visual.shape[1])
+        return _logits(self.model, embeds, mask, where, cache)
+
+    def _mask(self, where: Tensor, visual: int) -> Tensor:
+        """Who sees whom `(1, 1, N, N)`. What fills the bucket up is seen by none and sees all: a row must not be empty."""
+        order = where if where.ndim == 2 else where[:, 0]
+        real = order >= 0
+        row = torch.where(real, order, order.amax(dim=-1, keepdim=True))
+        mask = row[:, :, None] >= order[:, None, :]
+        if self.rule == "prompt":
+            mask = torch.ones_like(mask)
+        elif self.rule == "media":
+            image = torch.arange(order.shape[1]) < visual
+            mask = mask | (image[:, None] & image[None, :])
+        return (mask & real[:, None, :])[:, None]
+
+
+class Decode(nn.Module):
+    """One token `input_ids (1, 1)` at `position (1, 1)` (or `(1, 1 + rows, 1)`, see `Prefill`), behind `length (1)` real tokens of
+    the prompt and `step (1)` new ones, with the caches `past_key[i]`, `past_value[i] (1, heads, slots, D)`, to `logits (1, V)` and
+    the token's own `key_i`, `value_i`.
+
+    `prompt`, `new`: slots of the prompt's bucket and for new tokens, the last ones of every cache.
+    """
+
+    def __init__(self, model: nn.Module, prompt: int, new: int) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.prompt, self.new = prompt, new
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position: Tensor,
+        length: Tensor,
+        step: Tensor,
+        past_key: Sequence[Tensor],
+        past_value: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        most = max(key.shape[2] for key in past_key)
+        slot = torch.arange(self.prompt + self.new)
+        real = (slot >= self.prompt - length) & (slot < self.prompt + step)
+        mask = torch.cat([torch.ones(most - len(slot), dtype=torch.bool), real, torch.ones(1, dtype=torch.bool)])
+        cache = GivenCache(list(zip(past_key, past_value, strict=True)))
+        embeds = self.model.get_input_embeddings()(input_ids)
+        return _logits(self.model, embeds, mask[None, None, None, :], position, cache)
+
+
+def _logits(model: Any, embeds: Tensor, mask: Tensor, position: Tensor, cache: GivenCache) -> dict[str, Tensor]:
+    """The decoder and its head on embedded tokens: logits of the last, and what was made for the cache."""
+    decoder = model.get_decoder()
+    types = set(getattr(decoder.config, "layer_types", None) or ())
+    with explicit_attention(decoder):
+        out = model(
+            inputs_embeds=embeds,
+            attention_mask={kind: mask for kind in sorted(types)} if len(types) > 1 else mask,
+            position_ids=position.clamp(min=0) if position.ndim == 2 else position.clamp(min=0).transpose(0, 1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return {"logits": out.logits[:, -1], **cache.named()}
