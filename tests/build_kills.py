@@ -6,6 +6,7 @@ that its key stands for. The resumed build has the bytes of one that nobody dist
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -106,7 +107,8 @@ def run(folder: Path, tiny: str, kills: int, seed: int) -> dict[str, int]:
             os.kill(chance.choice(victims), signal.SIGKILL)
             builder.finish(process)  # its bundle is tried once more
         else:
-            (os.killpg if how == "all" else os.kill)(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was done before it was killed
+                (os.killpg if how == "all" else os.kill)(process.pid, signal.SIGKILL)
             process.communicate()
         counts["kills"] += 1
         counts["found"] += check(builder, good)

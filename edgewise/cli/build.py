@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json as encoder
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from edgewise.cli import options
+from edgewise.cli.files import append_text, write_text
 from edgewise.cli.screen import Result, Screen, row, table
+from edgewise.errors import InputError
 
 if TYPE_CHECKING:
     from edgewise.builder.build import Planned
+    from edgewise.builder.gates import BuildRecord
     from edgewise.builder.task import Outcome
 
 
@@ -28,19 +33,37 @@ def build(
     trust_remote_code: options.TrustRemoteCode = False,
     weights_only: options.WeightsOnly = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Build anew, and remember nothing.")] = False,
+    no_gates: Annotated[bool, typer.Option("--no-gates", help="Measure nothing, and hold to no limits.")] = False,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", metavar="RECORD.json", help="Compare with this record, not with the recipe's.")
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option("--record", metavar="RECORD.json", help="Write figures and gates here, for later builds.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE.xml", help="Write gates as JUnit XML.")] = None,
+    summary: Annotated[
+        Path | None, typer.Option("--summary", metavar="FILE.md", help="Append Markdown, as for $GITHUB_STEP_SUMMARY.")
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> Result:
-    """Build every bundle of RECIPE that is not there yet, in parallel."""
+    """Build every bundle of RECIPE that is not there yet, in parallel, and hold their figures to its gates."""
+    from edgewise.builder import reports
     from edgewise.builder.build import build as make
     from edgewise.builder.build import plan, select
+    from edgewise.builder.figures import measure
+    from edgewise.builder.gates import BuildRecord, judge, read_record, regressions
     from edgewise.builder.key import Keys
     from edgewise.exporter.matrix import read_recipes
 
     screen = Screen(json, quiet)
     file = read_recipes(recipe)
     entries = select(file.entries, only or [])
+    limits = None if no_gates else file.regressions
+    if baseline is not None and limits is None:
+        raise InputError(f"--baseline needs limits: give {recipe} the key `regressions`, and leave --no-gates out")
+    earlier = None if limits is None or dry_run else read_record(baseline or Path(limits.record))
     with screen.progress() as step:
         planned = plan(entries, out, keys=Keys(trust_remote_code, weights_only), cache=not no_cache)
         if dry_run:
@@ -54,9 +77,22 @@ def build(
             weights_only=weights_only,
             progress=step,
         )
-    _show(screen, planned, outcomes, out)
-    code = max((outcome.code for outcome in outcomes), default=0)
-    return Result({"out": str(out), "entries": _documents(planned, outcomes, out)}, code)
+        failed = {outcome.name for outcome in outcomes if outcome.status == "failed"}
+        built = [entry for entry in entries if entry.name not in failed]
+        figures = [] if no_gates else measure(built, out, limits, lambda text: step(0, 0, text))
+    verdicts = [] if no_gates else judge(built, figures)
+    if limits is not None and earlier is not None:
+        verdicts += regressions(figures, earlier, limits)
+    found = BuildRecord(outcomes=tuple(outcomes), figures=tuple(figures), verdicts=tuple(verdicts))
+    _show(screen, found, out)
+    document = found.model_dump(mode="json")
+    if record is not None:
+        write_text(record, encoder.dumps(document, indent=1, sort_keys=True) + "\n")
+    if junit is not None:
+        write_text(junit, reports.junit(found))
+    if summary is not None:
+        append_text(summary, reports.summary(found))
+    return Result({"out": str(out), "entries": _documents(planned, outcomes, out), "record": document}, found.code)
 
 
 def _documents(planned: list[Planned], outcomes: list[Outcome], out: Path) -> list[dict[str, Any]]:
@@ -88,8 +124,18 @@ def _planned(screen: Screen, planned: list[Planned], out: Path) -> Result:
     return Result({"out": str(out), "dry_run": True, "entries": entries})
 
 
-def _show(screen: Screen, planned: list[Planned], outcomes: list[Outcome], out: Path) -> None:
-    made = table(f"{len(outcomes)} bundles in {out}", "name", "result", "")
-    for outcome in outcomes:
+_RESULTS = {True: ("passed", "green"), False: ("MISSED", "red"), None: ("not compared", "dim")}
+
+
+def _show(screen: Screen, record: BuildRecord, out: Path) -> None:
+    from edgewise.builder.reports import number
+
+    made = table(f"{len(record.outcomes)} bundles in {out}", "name", "result", "")
+    for outcome in record.outcomes:
         row(made, outcome.name, outcome.status, outcome.message)
     screen.show(made)
+    if record.verdicts:
+        made = table("gates", "bundle", "artifact", "gate", "value", "result", "", right=("value",))
+        for one in record.verdicts:
+            row(made, one.bundle, one.artifact, one.wanted, number(one.value), Text(*_RESULTS[one.passed]), one.note)
+        screen.show(made)

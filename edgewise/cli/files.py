@@ -18,3 +18,12 @@ def write_text(out: Path, text: str) -> None:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def append_text(out: Path, text: str) -> None:
+    """Append to a file, which others write to as well. Raises `InputError` if it cannot be written."""
+    try:
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error

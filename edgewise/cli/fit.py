@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from edgewise.cli import options
-from edgewise.cli.data import load_data
 from edgewise.cli.screen import Result, Screen, number, row, table
 from edgewise.errors import InputError
+from edgewise.verify.data import load_data
 
 
 def fit(

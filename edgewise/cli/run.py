@@ -10,10 +10,10 @@ import numpy as np
 import typer
 
 from edgewise.cli import options
-from edgewise.cli.data import load_data, load_feeds
 from edgewise.cli.screen import Result, Screen, number, row, table
 from edgewise.errors import InputError
 from edgewise.targets import Session
+from edgewise.verify.data import load_data, load_feeds
 
 _TOP = 5
 _PACKAGE = ".mlpackage"

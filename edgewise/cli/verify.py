@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from edgewise.cli import options, tables
-from edgewise.cli.data import accuracy, load_data
 from edgewise.cli.screen import Result, Screen, row, table
+from edgewise.verify.data import accuracy, load_data
 
 
 def verify(
@@ -37,7 +37,7 @@ def verify(
     screen.show(tables.ladder(rungs))
     scores: list[dict[str, Any]] = []
     if labelled is not None:
-        scores = accuracy(opened, labelled, target or None, threads, screen)
+        scores = accuracy(opened, labelled, target or None, threads, screen.counter)
         numbers = ("samples", "correct", "top-1")
         made = table(f"accuracy on {labelled.name}", "artifact", *numbers, right=numbers)
         for score in scores:

@@ -74,8 +74,9 @@ def read_recipes(path: str | os.PathLike[str]) -> RecipeFile:
     base = _fields(document, ("gates",), gates, Gates)
     axes = _axes(document, matrix)
     excluded = _excludes(document, excludes)
-    made = _expand(document, data, base, axes, excluded, name)
     limits = None if regressions is None else _checked(document, ("regressions",), regressions, Regressions)
+    made = _expand(document, data, base, axes, excluded, name)
+    _check_gates(document, made, limits)
     return RecipeFile(document.path, tuple(made), limits)
 
 
@@ -115,7 +116,6 @@ def _expand(
             raise InputError(f"{document.at(where)}: this excludes nothing: no entry of the matrix has these values")
     if not entries:
         raise InputError(f"{document.path}: nothing is left to build: every entry is excluded")
-    _check_gates(document, entries)
     return entries
 
 
@@ -181,19 +181,21 @@ def _excludes(document: Document, excludes: Any) -> list[tuple[Where, Mapping[st
     return made
 
 
-def _check_gates(document: Document, entries: list[Entry]) -> None:
+def _check_gates(document: Document, entries: list[Entry], limits: Regressions | None) -> None:
     """A gate that lacks what it is measured with or against would be passed by everything."""
-    names = [entry.name for entry in entries]
-    for entry in entries:
-        gates = entry.gates
-        compared = gates.accuracy_drop is not None or gates.latency_ratio is not None
-        where = document.at(("gates",))
-        if compared and gates.baseline is None:
+    names, where = [entry.name for entry in entries], document.at(("gates",))
+    later = limits or Regressions(record="")
+    for gates in (entry.gates for entry in entries):
+        if gates.baseline is None and _any(gates.accuracy_drop, gates.latency_ratio, later.latency_ratio):
             raise InputError(f"{where}: accuracy_drop and latency_ratio need a `baseline`: the name of one of {', '.join(names)}")
         if gates.baseline is not None and gates.baseline not in names:
             raise unknown(f"baseline in {where}:", gates.baseline, names)
-        if gates.data is None and (gates.accuracy is not None or gates.accuracy_drop is not None):
+        if gates.data is None and _any(gates.accuracy, gates.accuracy_drop, later.accuracy_drop):
             raise InputError(f"{where}: accuracy and accuracy_drop need `data`: demo:NAME, or an .npz of inputs and labels")
+
+
+def _any(*limits: float | None) -> bool:
+    return any(limit is not None for limit in limits)
 
 
 def _fields(document: Document, where: Where, data: Any, model: type[Strict]) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Data for `run` and `verify`: arrays from a file or a demo's test split, fed in batches of a static shape."""
+"""Data to run artifacts on, and their accuracy on labelled data: arrays from a file or a demo's test split, in batches of a static
+shape."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ import numpy as np
 
 from edgewise import demos
 from edgewise.bundle import Bundle, Component
-from edgewise.cli.screen import Screen
 from edgewise.errors import InputError, unknown
 from edgewise.targets import Session, choose, load, runnable
 
@@ -68,8 +69,20 @@ def load_feeds(src: str, component: Component) -> dict[str, np.ndarray]:
     return _batch(data, component, index)
 
 
+Counter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Called with a text and a total; gives what is called with how many of them are done."""
+
+
+def _uncounted(text: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda done: None)
+
+
 def accuracy(
-    bundle: Bundle, data: Data, targets: Sequence[str] | None, threads: int | None, screen: Screen
+    bundle: Bundle,
+    data: Data,
+    targets: Sequence[str] | None = None,
+    threads: int | None = None,
+    counter: Counter = _uncounted,
 ) -> list[dict[str, Any]]:
     """Top-1 accuracy of every artifact that can run here, over all of the labelled data."""
     assert data.labels is not None
@@ -79,7 +92,7 @@ def accuracy(
         _check_inputs(data, component)
         with (
             load(bundle, artifact, threads=threads) as session,
-            screen.counter(f"accuracy of {artifact.label}", len(data.labels)) as count,
+            counter(f"accuracy of {artifact.label}", len(data.labels)) as count,
         ):
             predicted = predict(session, component, data, count)
         correct = int((predicted == data.labels).sum())
