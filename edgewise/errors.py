@@ -45,6 +45,7 @@ _EXTRAS = {
     "onnxscript": "export",
     "soundfile": "generate",
     "tokenizers": "generate",
+    "ray": "ray",
     "torch": "export",
     "transformers": "export",
     "yaml": "export",

@@ -12,7 +12,7 @@ from rich.text import Text
 from edgewise.cli import options
 from edgewise.cli.files import append_text, write_text
 from edgewise.cli.screen import Result, Screen, row, table
-from edgewise.errors import InputError
+from edgewise.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from edgewise.builder.build import Planned
@@ -26,6 +26,12 @@ def build(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built, and build nothing.")] = False,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, metavar="N", help="Processes. Default: one for each core.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="ENGINE", help="processes: on this machine; ray: on a Ray cluster.")
+    ] = "processes",
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="ADDRESS", help="Of the Ray cluster: auto, HOST:PORT, ray://HOST:PORT.")
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="PATTERN", help="Only entries of this name; * is anything. Repeatable.")
@@ -60,6 +66,7 @@ def build(
     screen = Screen(json, quiet)
     file = read_recipes(recipe)
     entries = select(file.entries, only or [])
+    chosen = _engine(engine, address)
     limits = None if no_gates else file.regressions
     if baseline is not None and limits is None:
         raise InputError(f"--baseline needs limits: give {recipe} the key `regressions`, and leave --no-gates out")
@@ -71,6 +78,7 @@ def build(
         outcomes = make(
             planned,
             out,
+            **chosen,
             jobs=jobs,
             cache=not no_cache,
             trust_remote_code=trust_remote_code,
@@ -93,6 +101,19 @@ def build(
     if summary is not None:
         append_text(summary, reports.summary(found))
     return Result({"out": str(out), "entries": _documents(planned, outcomes, out), "record": document}, found.code)
+
+
+def _engine(name: str, address: str | None) -> dict[str, Any]:
+    """The engine that was asked for, where it is not the one of this machine."""
+    if name not in ("processes", "ray"):
+        raise unknown("engine", name, ("processes", "ray"))
+    if name == "ray":
+        from edgewise.builder import cluster
+
+        return {"engine": cluster.engine(address)}
+    if address is not None:
+        raise InputError("--address goes with --engine ray")
+    return {}
 
 
 def _documents(planned: list[Planned], outcomes: list[Outcome], out: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -104,6 +105,7 @@ def _hub_digest(model: str, trust_remote_code: bool) -> str:
 
 _opened: dict[str, set[Path]] = {}
 _listening: set[Path] | None = None
+_thread = 0
 
 
 def _factory_digest(model: str, input_shapes: Any, seed: int) -> str:
@@ -131,16 +133,17 @@ def _place(path: Path) -> str:
 
 
 class _Listening:
-    """Notes every file that Python opens meanwhile, and every module that it imports, but those of installed packages. What happens
-    when a module is imported happens once in a process, and is kept for the next time."""
+    """Notes every file that this thread opens for reading meanwhile, and every module that is imported, but those of installed
+    packages. What happens when a module is imported happens once in a process, and is kept for the next time."""
 
     def __init__(self, model: str) -> None:
         self._files = _opened.setdefault(model, set())
         self._modules = set(sys.modules)
 
     def __enter__(self) -> None:
-        global _listening
+        global _listening, _thread
         _hook()
+        _thread = threading.get_ident()
         _listening = self._files
 
     def __exit__(self, *_: object) -> None:
@@ -160,8 +163,11 @@ def _hook() -> None:
     aside = (str(Path(__file__).parents[1]), "/proc/", "/sys/", "/dev/")
 
     def heard(event: str, args: tuple[Any, ...]) -> None:
-        if _listening is None or event != "open" or not isinstance(args[0], (str, bytes)):
+        if _listening is None or event != "open" or not isinstance(args[0], (str, bytes)) or _thread != threading.get_ident():
             return
+        mode, flags = args[1], args[2]
+        if (mode is not None and set(mode) & set("wax")) or (mode is None and flags & (os.O_WRONLY | os.O_CREAT)):
+            return  # what is written is no part of what the model is made of
         path = os.path.realpath(os.fsdecode(args[0]))
         reader = sys._getframe(1).f_globals.get("__name__")
         if reader not in readers and not path.startswith(aside) and not _installed(path):
