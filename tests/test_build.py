@@ -183,9 +183,8 @@ def test_every_part_of_the_key_is_a_miss(tmp_path: Path, monkeypatch: pytest.Mon
         "batch": 2,
         "seed": 1,
     }
-    assert set(changes) == set(Recipe.model_fields)
-    for name, value in changes.items():
-        miss(name, recipe.model_copy(update={name: value}))
+    for name in Recipe.model_fields:
+        miss(name, recipe.model_copy(update={name: changes.get(name, "another")}))
     miss("flags", trust_remote_code=True)
     miss("other flags", weights_only=True)
     weights.write_bytes(b"two")

@@ -233,6 +233,11 @@ class Target(ABC):
         """A command of the runtime's own tools that builds and times an artifact, the main file first. None: there is none."""
         return None
 
+    def ops(self, files: Sequence[Path]) -> dict[str, int] | None:
+        """How many nodes of each op an artifact has, bodies of loops included, the main file first; without running it. None: it
+        cannot be told here. Raises `InputError` if the files cannot be read."""
+        return None
+
     def lint(self, exported: ExportedProgram) -> list[str]:
         """What would fail, or be slow, on this target; one line each, which begins with `slow: ` if it would run all the same. An
         empty list: nothing is known to."""

@@ -72,6 +72,12 @@ class CoreML(Target):
         self.check(runtime_only=True)
         return CoreMLSession(files, threads=threads)
 
+    def ops(self, files: Sequence[Path]) -> dict[str, int] | None:
+        from edgewise.targets.coreml.ops import ops
+
+        return ops(files[0])
+
+
 
 class CoreMLTopK(CoreML):
     """The same with topk and gather in the place of comparisons and products: less arithmetic, for CPUs and GPUs. The Neural

@@ -57,3 +57,8 @@ class OnnxRuntime(Target):
 
         self.check(runtime_only=True)
         return OnnxRuntimeSession(files, threads=threads)
+
+    def ops(self, files: Sequence[Path]) -> dict[str, int] | None:
+        from edgewise.targets.onnx.ops import ops
+
+        return ops(files[0])

@@ -55,3 +55,8 @@ class OpenVino(Target):
 
         self.check(runtime_only=True)
         return OpenVinoSession(files, threads=threads)
+
+    def ops(self, files: Sequence[Path]) -> dict[str, int] | None:
+        from edgewise.targets.openvino.ops import ops
+
+        return ops(files[0])

@@ -114,3 +114,8 @@ class TensorRT(Target):
 
         # A graph whose shapes depend on data is not lowered at all.
         return super().lint(exported) or lint(exported)
+
+    def ops(self, files: Sequence[Path]) -> dict[str, int] | None:
+        from edgewise.targets.onnx.ops import ops
+
+        return ops(files[0])
