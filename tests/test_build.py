@@ -75,6 +75,7 @@ def test_what_is_there_is_not_built_again(cli: Cli, recipe: Path, tmp_path: Path
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
     assert statuses(cli, recipe) == all_are("built")
     first = files(tmp_path / "out")
+    assert {"plain.cdx.json", "plain.provenance.json"} <= set(first)
     # The same bundle as that of an export; and its recipe gives the same bytes again.
     out = tmp_path / "exported"
     edgewise.export("py:tiny_models:make", out, targets=["onnxruntime"], compress="tome:r=2", cache=False)
@@ -184,7 +185,7 @@ def test_every_part_of_the_key_is_a_miss(tmp_path: Path, monkeypatch: pytest.Mon
         "seed": 1,
     }
     for name in Recipe.model_fields:
-        miss(name, recipe.model_copy(update={name: changes.get(name, "another")}))
+        miss(name, recipe.model_copy(update={name: changes.get(name, 7)}))
     miss("flags", trust_remote_code=True)
     miss("other flags", weights_only=True)
     weights.write_bytes(b"two")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ def engine(address: str | None) -> Callable[[Sequence[Task], int, Tell], Iterato
         # A cluster that this process is part of already is the one.
         started = not ray.is_initialized()
         if started:
+            _answers(address)
             try:
                 local: dict[str, Any] = {} if address is not None else {"num_cpus": jobs, "include_dashboard": False}
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
@@ -52,6 +54,17 @@ def engine(address: str | None) -> Callable[[Sequence[Task], int, Tell], Iterato
                 ray.shutdown()
 
     return build_all
+
+
+def _answers(address: str | None) -> None:
+    """Ray itself tries for minutes to reach a cluster that is not there. Raises InputError."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 def _build(ray: Any, tasks: Sequence[Task], jobs: int, tell: Tell) -> Iterator[Outcome]:

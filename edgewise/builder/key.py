@@ -30,6 +30,11 @@ def tools(recipe: Recipe) -> dict[str, str]:
     return dict(sorted({**{k: v for k, v in names.items() if v is not None}, **python}.items()))
 
 
+def packages(recipe: Recipe) -> dict[str, str]:
+    """Versions of the packages that make a bundle, without edgewise and Python."""
+    return {name: found for name, found in tools(recipe).items() if name not in ("edgewise", "python")}
+
+
 def version(package: str) -> str | None:
     """The installed version of a package, or None."""
     try:

@@ -17,7 +17,9 @@ from edgewise.errors import InputError, unknown
 if TYPE_CHECKING:
     from edgewise.builder.build import Planned
     from edgewise.builder.gates import BuildRecord
+    from edgewise.builder.key import Keys
     from edgewise.builder.task import Outcome
+    from edgewise.exporter.matrix import Entry
 
 
 def build(
@@ -72,7 +74,8 @@ def build(
         raise InputError(f"--baseline needs limits: give {recipe} the key `regressions`, and leave --no-gates out")
     earlier = None if limits is None or dry_run else read_record(baseline or Path(limits.record))
     with screen.progress() as step:
-        planned = plan(entries, out, keys=Keys(trust_remote_code, weights_only), cache=not no_cache)
+        keys = Keys(trust_remote_code, weights_only)
+        planned = plan(entries, out, keys=keys, cache=not no_cache)
         if dry_run:
             return _planned(screen, planned, out)
         outcomes = make(
@@ -87,6 +90,8 @@ def build(
         )
         failed = {outcome.name for outcome in outcomes if outcome.status == "failed"}
         built = [entry for entry in entries if entry.name not in failed]
+        for entry in built:
+            _describe(entry, out, keys, file.path)
         figures = [] if no_gates else measure(built, out, limits, lambda text: step(0, 0, text))
     verdicts = [] if no_gates else judge(built, figures)
     if limits is not None and earlier is not None:
@@ -101,6 +106,21 @@ def build(
     if summary is not None:
         append_text(summary, reports.summary(found))
     return Result({"out": str(out), "entries": _documents(planned, outcomes, out), "record": document}, found.code)
+
+
+def _describe(entry: Entry, out: Path, keys: Keys, recipe: Path) -> None:
+    """Write the bill of materials and the provenance of a bundle beside it, where they are not there already."""
+    from edgewise.builder.key import packages
+    from edgewise.builder.provenance import provenance, source
+    from edgewise.builder.sbom import sbom
+    from edgewise.bundle.reader import read_manifest
+
+    manifest, versions = read_manifest(out / entry.name), packages(entry.recipe)
+    statement = provenance(entry.name, manifest, keys.parts(entry.recipe), versions, source(recipe.resolve().parent))
+    for kind, document in (("cdx", sbom(entry.name, manifest, versions)), ("provenance", statement)):
+        path, text = out / f"{entry.name}.{kind}.json", encoder.dumps(document, indent=1, sort_keys=True) + "\n"
+        if not path.is_file() or path.read_text("utf-8") != text:
+            write_text(path, text)
 
 
 def _engine(name: str, address: str | None) -> dict[str, Any]:
