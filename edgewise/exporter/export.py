@@ -214,13 +214,15 @@ def _given(model: nn.Module | ExportedProgram, example: Any) -> Source:
 
 def _whole(job: Job, folder: Path) -> Manifest:
     """Build all of a bundle but its manifest file."""
-    from edgewise.exporter.pipeline.export import build_pipeline, is_pipeline
+    from edgewise.exporter.pipeline import export as vision_language
+    from edgewise.exporter.pipeline import speech_export as speech
 
-    if is_pipeline(job.source):
-        return build_pipeline(job, folder)
+    for kind in (vision_language, speech):
+        if kind.is_pipeline(job.source):
+            return kind.build_pipeline(job, folder)
     if job.recipe.prompt_tokens or job.recipe.new_tokens:
         raise InputError(
-            f"{job.source.class_name} generates no text from images: --prompt-tokens and --new-tokens have no meaning for it"
+            f"{job.source.class_name} generates no text: --prompt-tokens and --new-tokens have no meaning for it"
         )
     manifest, program = build_component(job, folder)
     finish(manifest, [program], job, folder)

@@ -24,7 +24,7 @@ from edgewise.errors import InputError, extras_named, unknown
 class Source:
     """A loaded model: `module` or an `exported` program, example inputs by position or name, what the processor does to
     raw data, and real `samples` of the inputs where the source has them (shape `(n, *input)`). `role`: of the program, where it is
-    known and not to be found from the graph."""
+    known and not to be found from the graph. `whole`: the model that generates, where `module` is its encoder."""
 
     name: str
     class_name: str
@@ -36,6 +36,7 @@ class Source:
     samples: dict[str, np.ndarray] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     role: str | None = None
+    whole: nn.Module | None = None
 
 
 def load_source(
@@ -185,13 +186,17 @@ def _hugging_face(
     except Exception as error:
         raise InputError(f"cannot load the weights of {model}: {str(error).splitlines()[0]}") from error
     notes: tuple[str, ...] = ()
+    whole = None
     if getattr(config, "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
         notes = (f"{type(module).__name__} generates text; its encoder is exported",)
+        whole = module.eval()
         module = module.get_encoder()
     module.eval()
     preprocessing = _preprocessing(local) if local.exists() else {}
     kwargs = example_inputs(module, config, preprocessing, shapes, batch, seed)
-    return Source(model, type(module).__name__, module=module, kwargs=kwargs, preprocessing=preprocessing, notes=notes)
+    source = Source(model, type(module).__name__, module=module, kwargs=kwargs, preprocessing=preprocessing, notes=notes)
+    source.whole = whole
+    return source
 
 
 def load_config(model: str, **options: Any) -> Any:

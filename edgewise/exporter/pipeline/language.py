@@ -30,10 +30,7 @@ def describe_text(source: Source, placeholder: int, folder: Path) -> dict[str, A
     place = _place(source)
     if place is None:
         return {}
-    import transformers
-
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place)
-    (folder / FILE).write_text(tokenizer.backend_tokenizer.to_str(pretty=False), "utf-8")
+    tokenizer = _tokenizer(place, folder)
     mark = tokenizer.convert_ids_to_tokens(placeholder)
     fields: dict[str, Any] = {"tokenizer": FILE, "placeholder": mark}
     template = _template(place, tokenizer, mark)
@@ -41,6 +38,24 @@ def describe_text(source: Source, placeholder: int, folder: Path) -> dict[str, A
         bos = tokenizer.bos_token
         fields |= {"template": template, "settings": {"template_special": not (bos and template.startswith(bos))}}
     return fields
+
+
+def write_tokenizer(source: Source, folder: Path) -> str | None:
+    """Write the tokenizer of a model that has one into the bundle's `folder`; gives the name of its file."""
+    place = _place(source)
+    if place is None:
+        return None
+    _tokenizer(place, folder)
+    return FILE
+
+
+def _tokenizer(place: str, folder: Path) -> Any:
+    """The tokenizer of a model, which is written into the bundle's `folder`."""
+    import transformers
+
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place)
+    (folder / FILE).write_text(tokenizer.backend_tokenizer.to_str(pretty=False), "utf-8")
+    return tokenizer
 
 
 def _place(source: Source) -> str | None:

@@ -1,0 +1,115 @@
+"""What the export of every pipeline does: each component as an export of its own, then one manifest of all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgewise.bundle.manifest import Manifest
+from edgewise.bundle.pipeline import CacheLayer, Pipeline
+from edgewise.exporter.capture import quiet
+from edgewise.exporter.export import Job, build_component, finish
+from edgewise.exporter.sources import Source
+from edgewise.passes.program import Program
+from edgewise.verify.ladder import Rung
+
+
+@dataclass
+class Build:
+    """One export of a pipeline on its way: `parts` and `programs` are of the components that are built, in the order of `order`."""
+
+    job: Job
+    folder: Path
+    parts: list[Manifest] = field(default_factory=list)
+    programs: list[Program] = field(default_factory=list)
+
+    order: ClassVar[tuple[str, ...]]
+
+    def component(self, role: str, source: Source, specs: Sequence[str] = ()) -> Program:
+        """Export one component, as if it were all of a bundle."""
+        whole = self.job
+        source.role, source.name, source.class_name = role, whole.source.name, whole.source.class_name
+        recipe = whole.recipe.model_copy(update={"compress": tuple(specs)})
+        part = Job(recipe, source, whole.chosen, None, whole.cache, whole.weights)
+        turn = self.order.index(role)
+        if whole.progress is not None:
+            tell, steps = whole.progress, len(self.order)
+            part.progress = lambda done, total, text: tell(turn * total + done, steps * total, f"{role}: {text}")
+        manifest, program = build_component(part, self.folder)
+        self.parts.append(manifest)
+        self.programs.append(program)
+        return program
+
+    def joined(self, seam: Rung, pipeline: Pipeline, model: nn.Module) -> Manifest:
+        """One manifest of all components, with `seam`, the rung that compares them with the whole model; writes what a bundle has
+        once."""
+        first = self.parts[0]
+        digests = "".join(part.model.weights_digest for part in self.parts)
+        rungs = [seam]
+        for role, part in zip(self.order, self.parts, strict=True):
+            artifacts = {a.label for a in part.targets}
+            for one in part.verification:
+                own = one.name.split(",")[0] in artifacts
+                rungs.append(one if own else one.model_copy(update={"name": f"{role}: {one.name}"}))
+        manifest = first.model_copy(
+            update={
+                "model": first.model.model_copy(
+                    update={
+                        "parameters": sum(p.numel() for p in model.parameters()),
+                        "weights_digest": hashlib.sha256(digests.encode()).hexdigest(),
+                    }
+                ),
+                "compress": self.job.recipe.compress,
+                "components": tuple(c for part in self.parts for c in part.components),
+                "pipeline": pipeline,
+                "preprocessing": self.job.source.preprocessing,
+                "targets": tuple(a for part in self.parts for a in part.targets),
+                "verification": tuple(rungs),
+                "notes": tuple(
+                    dict.fromkeys((*self.job.source.notes, *(n for part in self.parts for n in part.notes)))
+                ),
+                "golden": {role: path for part in self.parts for role, path in part.golden.items()},
+            }
+        )
+        finish(manifest, self.programs, self.job, self.folder)
+        return manifest
+
+
+def run(program: Program, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The outputs of a program that is called with its module's arguments."""
+    with torch.no_grad(), quiet():
+        made = program.module()(*inputs.values()) if len(inputs) == 1 else program.module()(**inputs)
+    return dict(made)
+
+
+def source_of(module: nn.Module, samples: Sequence[Mapping[str, Any]]) -> Source:
+    """A component with its example, which is the first sample, and all samples under the names that capture gives them."""
+    flat: dict[str, list[Any]] = {}
+    for sample in samples:
+        for name, value in sample.items():
+            for i, one in enumerate(value if isinstance(value, list) else [value]):
+                flat.setdefault(f"{name}_{i}" if isinstance(value, list) else name, []).append(one.numpy())
+    return Source(
+        "", "", module=module, kwargs=dict(samples[0]), samples={k: np.concatenate(v) for k, v in flat.items()}
+    )
+
+
+def cache_layers(decode: Manifest, bucket: int, room: int) -> tuple[CacheLayer, ...]:
+    """The caches, as the decode graph takes them."""
+    shapes = {info.name: info for info in decode.components[0].inputs}
+    layers: list[CacheLayer] = []
+    while f"past_key_{len(layers)}" in shapes:
+        pair = [shapes[f"past_{kind}_{len(layers)}"] for kind in ("key", "value")]
+        size = sum(
+            torch.Size(info.shape).numel() * torch.empty(0, dtype=getattr(torch, info.dtype)).itemsize for info in pair
+        )
+        slots = pair[0].shape[2]
+        layers.append(CacheLayer(media=slots - room - bucket, tokens=slots - room, slots=slots, bytes=size))
+    return tuple(layers)
