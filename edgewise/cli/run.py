@@ -1,4 +1,4 @@
-"""`edgewise run`: run one artifact of a bundle, or a Core ML package, once."""
+"""`edgewise run`: run one artifact of a bundle, or a Core ML package, once; or generate text with a whole bundle."""
 
 from __future__ import annotations
 
@@ -27,9 +27,26 @@ def run(
         ),
     ],
     inputs: Annotated[
-        str,
+        str | None,
         typer.Option("--inputs", "-i", metavar="SRC", help="An .npz or .safetensors file, or demo:NAME[index]."),
-    ],
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", metavar="FILE", help="An image, for a model that answers questions about one.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The question. The model's template goes around it.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", help="Stop after N tokens. Default: as many as have room.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", help="0: the likeliest token. Above: draw, the flatter the higher.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option("--top-k", metavar="N", help="Draw from the N likeliest tokens only.")] = None,
+    top_p: Annotated[
+        float, typer.Option("--top-p", metavar="P", help="Draw from the likeliest tokens that have this probability together.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of drawing: the same seed gives the same text.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.npz", help="Write the outputs here.")] = None,
     target: Annotated[str | None, typer.Option("--target", help="Default: the first that can run here.")] = None,
     role: Annotated[
@@ -40,11 +57,24 @@ def run(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> Result:
-    """Run one artifact of BUNDLE on arrays, and show what comes out."""
+    """Run one artifact of BUNDLE on arrays, and show what comes out; or generate text with all of it (--image, --prompt)."""
     from edgewise.bundle import Bundle
     from edgewise.runtime import load_session
 
     screen = Screen(json, quiet)
+    if image or prompt is not None:
+        if inputs is not None or out is not None or role is not None:
+            raise InputError("--inputs, --role and -o are for one artifact, --image and --prompt for the whole model: give either")
+        from edgewise.cli.generate import generate
+        from edgewise.runtime import Sampling
+
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        given: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
+        if image:
+            given["image"] = image[0] if len(image) == 1 else image
+        return generate(screen, Bundle.open(bundle), given, max_new_tokens, sampling, target, threads)
+    if inputs is None:
+        raise InputError("give --inputs SRC to run one artifact, or --image FILE --prompt TEXT for a generative model")
     if out is not None and out.suffix != ".npz":
         raise InputError(f"-o {out}: outputs are written as .npz")
     if bundle.suffix == _PACKAGE:

@@ -48,6 +48,12 @@ class Screen:
                 # Lines are not folded: a command in one can then be copied.
                 self._out.print(Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))
 
+    def stream(self, text: str) -> None:
+        """Print a piece of a result for people as soon as it is known; the caller ends the line."""
+        if not self._silent:
+            self._out.print(Text(text), end="", soft_wrap=True)
+            self._out.file.flush()
+
     def say(self, text: str) -> None:
         """Print a message that is no result."""
         if not self._quiet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -38,6 +38,10 @@ class GenerativePipeline(ABC):
         self.decoder = Decoder(self.sessions["prefill"], self.sessions["decode"], self.description)
         name = self.description.tokenizer
         self._tokenizer = None if name is None else Tokenizer(bundle.file(name))
+
+    @abstractmethod
+    def generate(self, *args: Any, **kwargs: Any) -> Generation:
+        """Generate text; what it takes is said by each kind of pipeline."""
 
     @staticmethod
     def check(bundle: Bundle) -> None:

@@ -113,7 +113,11 @@ class VisionLanguage(GenerativePipeline):
             raise InputError(f"the prompt has {len(places)} image placeholders ({mark}), and one image is given: write one")
         expanded = len(places) > 1
         before, after = ids[: places[0]], ids[places[-1] + 1 :]
-        return (before, after) if expanded else ([*before, *about.before], [*about.after, *after])
+        if not expanded:
+            before, after = [*before, *about.before], [*about.after, *after]
+        if not after:
+            raise InputError("the prompt ends with its image, and the text behind it is what is answered: put the question there")
+        return before, after
 
     @property
     def _image_input(self) -> Any:

@@ -86,7 +86,7 @@ class Prompt:
 
 
 def random_prompt(model: nn.Module, image: int, bucket: int, length: int, seed: int) -> Prompt:
-    """Seeded ids of text around an image: a third of them before it."""
+    """Seeded ids of text around an image: less than half of them before it, and at least one behind it."""
     config: Any = model.config
     vocabulary = int(config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(seed)
@@ -177,10 +177,9 @@ def _positions(given: Tensor | None, prompt: Prompt, count: int) -> Seam:
     elif len(rows) == 4:  # the order of the sequence, then time, height and width
         rows = rows[1:]
     base = int(rows[0, 0])
-    if base:  # families that count from one
-        raise InputError(f"positions begin at {base}, and only those that begin at 0 are known here")
-    offsets = rows[:, start : start + count] - start
-    advance = int(rows[0, -1]) + 1 - length
+    # Some families count from one, which is the same: positions are compared with one another and with nothing else.
+    offsets = rows[:, start : start + count] - start - base
+    advance = int(rows[0, -1]) + 1 - length - base
     return Seam(np.ascontiguousarray(offsets, np.int64), advance)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewise.exporter.pipeline.decoder import GivenCache, explicit_attention
+from edgewise.exporter.pipeline.settle import Settle, is_traced
 
 Rule = Literal["causal", "media", "prompt"]
 """Who sees whom besides what a token sees before it: nobody more, media tokens one another, or all of the prompt one another."""
@@ -29,10 +30,11 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.model: Any = model
         self.settled = dict(settled or {})
+        self._noted: list[Any] = []
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        made = self.model.get_image_features(pixel_values=pixel_values, **self.settled, return_dict=True)
-        features = made.pooler_output
+        with Settle(self._noted, tracing=is_traced(pixel_values)):
+            features = self.model.get_image_features(pixel_values=pixel_values, **self.settled, return_dict=True).pooler_output
         if isinstance(features, (list, tuple)):
             features = torch.cat([one.reshape(-1, one.shape[-1]) for one in features], dim=0)
         return {"visual": features.reshape(1, -1, features.shape[-1])}

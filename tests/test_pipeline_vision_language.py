@@ -1,0 +1,103 @@
+"""Vision-language models end to end: what a bundle generates, token for token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vlm_reference import IMAGE, Compressed, Compression, greedy, llava, zipped
+
+import edgewise
+from edgewise.errors import InputError
+
+TARGETS = ("openvino", "onnxruntime")
+BUCKET, NEW = 12, 32
+PROMPTS = [([1, 5, 6], [7, 8, 9, 10]), ([], [3]), ([4, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25]), ([1, 2], [9, 30])]
+HOW = Compression(tower=2, dominant=20, context=4, block=2, keep=8)
+
+
+def image(seed: int) -> torch.Tensor:
+    return torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def export(model: Any, out: Path, *specs: str) -> edgewise.Bundle:
+    return edgewise.export(
+        model,
+        out,
+        example={"pixel_values": image(0)},
+        targets=TARGETS,
+        compress=specs,
+        prompt_tokens=BUCKET,
+        new_tokens=NEW,
+        cache=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> edgewise.Bundle:
+    return export(llava(), tmp_path_factory.mktemp("plain") / "b")
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> edgewise.Bundle:
+    specs = (f"visionzip:keep={HOW.dominant},context={HOW.context}", f"fastv@decoder.block[{HOW.block}]:keep={HOW.keep}")
+    return export(llava(), tmp_path_factory.mktemp("compressed") / "b", *specs)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_uncompressed_equals_the_model(plain: edgewise.Bundle, target: str) -> None:
+    model = llava()
+    with edgewise.load(plain, target=target) as pipeline:
+        for seed, (before, after) in enumerate(PROMPTS):
+            pixels = image(seed)
+            made = pipeline.generate(input_ids=[*before, IMAGE, *after], image=pixels.numpy())
+            assert made.ids == greedy(model, pixels, before, after, 64, NEW)
+            assert len(set(made.ids)) > 8 and made.stopped == "length"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compressed_equals_an_eager_implementation(compressed: edgewise.Bundle, target: str) -> None:
+    model = llava()
+    with torch.no_grad(), edgewise.load(compressed, target=target) as pipeline:
+        for seed, (before, after) in enumerate(PROMPTS):
+            pixels = image(seed)
+            made = pipeline.generate(input_ids=[*before, IMAGE, *after], image=pixels.numpy())
+            visual = zipped(model, pixels, HOW)
+            assert made.ids == Compressed(model, HOW).generate(visual, before, after, NEW)
+            assert made.ids != greedy(model, pixels, before, after, 64, NEW)
+
+
+def test_the_bundle_says_what_caches_hold(plain: edgewise.Bundle, compressed: edgewise.Bundle) -> None:
+    about = compressed.manifest.pipeline
+    assert about is not None and plain.manifest.pipeline is not None
+    assert [(c.media, c.tokens, c.slots) for c in about.caches] == [(24, 36, 68)] * 2 + [(8, 20, 52)] * 2
+    # Keys and values of two heads of twelve numbers.
+    assert [c.bytes for c in about.caches] == [2 * 2 * 12 * 4 * slots for slots in (68, 68, 52, 52)]
+    assert about.cache_bytes < plain.manifest.pipeline.cache_bytes
+    assert [c.role for c in compressed.manifest.components] == ["vision_encoder", "prefill", "decode"]
+    assert all(c.flops_after < c.flops_before for c in compressed.manifest.components[:2])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": [1, 2]}, "no image placeholder: write token 99"),
+        ({"input_ids": [1, IMAGE, 2, IMAGE]}, "2 image placeholders"),
+        ({"input_ids": [1, IMAGE]}, "ends with its image"),
+        ({"input_ids": [IMAGE, *range(BUCKET + 1)]}, "13 tokens besides the image, and this bundle takes 12"),
+        ({"input_ids": [IMAGE, 1], "image": None}, "no image"),
+        ({"input_ids": [IMAGE, 1], "image": [image(0).numpy()] * 2}, "2 images"),
+        ({"input_ids": [IMAGE, 1], "image": np.zeros((1, 3, 8, 8))}, "shape"),
+        ({"input_ids": [IMAGE, 1], "image": __file__}, "no image that can be read"),
+        ({"input_ids": [IMAGE, 1], "image": "absent.png"}, "does not exist"),
+        ({"prompt": "what?"}, "no tokenizer"),
+        ({}, "give a prompt, or input_ids"),
+        ({"input_ids": [IMAGE, 1], "max_new_tokens": NEW + 1}, "room for 32 new tokens"),
+    ],
+)
+def test_wrong_prompts_and_media(plain: edgewise.Bundle, given: dict[str, Any], message: str) -> None:
+    with edgewise.load(plain, target="openvino") as pipeline, pytest.raises(InputError, match=message):
+        pipeline.generate(**{"image": image(0).numpy()} | given)

@@ -1,0 +1,136 @@
+"""Small vision-language models, and an eager implementation of compression in them that shares nothing with edgewise: attention
+with maps, tokens in the order of the sequence, no caches: every new token runs the whole sequence again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+
+IMAGE = 99
+WORDS = 100
+
+
+def text_config(kind: Any = hf.LlamaConfig, **more: Any) -> Any:
+    return kind(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=WORDS,
+        max_position_embeddings=256,
+        # Large weights: the text is no loop of a few tokens.
+        initializer_range=0.3,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+        **more,
+    )
+
+
+def vision_config(kind: Any = hf.CLIPVisionConfig, **more: Any) -> Any:
+    sizes = {"image_size": 32, "patch_size": 4, "num_hidden_layers": 4} | more
+    return kind(hidden_size=32, intermediate_size=64, num_attention_heads=2, initializer_range=0.2, **sizes)
+
+
+def llava() -> Any:
+    torch.manual_seed(0)
+    config = hf.LlavaConfig(vision_config=vision_config(), text_config=text_config(), image_token_id=IMAGE, image_seq_length=64)
+    return hf.LlavaForConditionalGeneration(config).eval()
+
+
+def greedy(model: Any, pixels: Tensor, before: list[int], after: list[int], count: int, new: int, **more: Any) -> list[int]:
+    """What the model itself generates."""
+    ids = torch.tensor([[*before, *[IMAGE] * count, *after]])
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        made = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=new, do_sample=False, **more
+        )
+    return made[0, ids.shape[1] :].tolist()
+
+
+@dataclass(frozen=True)
+class Compression:
+    """VisionZip behind block `tower` of the encoder, then FastV in front of block `block` of the decoder."""
+
+    tower: int
+    dominant: int
+    context: int
+    block: int
+    keep: int
+
+
+def zipped(model: Any, pixels: Tensor, how: Compression) -> Tensor:
+    """The tokens of an image `(K, C)`: dominant ones in their order, then context tokens, projected."""
+    tower = model.model.vision_tower
+    layer = tower.encoder.layers[how.tower] if hasattr(tower, "encoder") else tower.vision_model.encoder.layers[how.tower]
+    seen: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_hook(lambda m, a, out: seen.update(out=out[0] if isinstance(out, tuple) else out)),
+        layer.self_attn.register_forward_hook(lambda m, a, out: seen.update(attention=out[1])),
+        layer.self_attn.k_proj.register_forward_hook(lambda m, a, out: seen.update(keys=out)),
+    ]
+    model.set_attn_implementation("eager")
+    tower(pixels)
+    for handle in handles:
+        handle.remove()
+    heads = layer.self_attn.num_heads
+    hidden = seen["out"].reshape(-1, seen["out"].shape[-1])[1:]
+    attention = seen["attention"][0].mean(dim=0)[0, 1:]
+    keys = seen["keys"].reshape(len(hidden) + 1, heads, -1).mean(dim=1)[1:]
+    keys = keys / keys.norm(dim=-1, keepdim=True)
+    best = sorted(attention.argsort(descending=True, stable=True)[: how.dominant].tolist())
+    rest = [i for i in range(len(hidden)) if i not in best]
+    targets = [rest[n * (len(rest) // how.context)] for n in range(how.context)]
+    members: dict[int, list[int]] = {target: [] for target in targets}
+    for i in rest:
+        if i not in members:
+            members[max(targets, key=lambda t: float(keys[i] @ keys[t]))].append(i)
+    folded = [hidden[t] + (hidden[group].mean(dim=0) if group else 0) for t, group in members.items()]
+    return model.model.multi_modal_projector(torch.stack([*hidden[best], *folded])[None])[0]
+
+
+class Compressed:
+    """A decoder that drops tokens in front of one block, written out block by block."""
+
+    def __init__(self, model: Any, how: Compression) -> None:
+        model.set_attn_implementation("eager")
+        self.model, self.decoder, self.how = model, model.get_decoder(), how
+
+    def generate(self, visual: Tensor, before: list[int], after: list[int], new: int) -> list[int]:
+        embed = self.model.get_input_embeddings()
+        parts = [embed(torch.tensor(before, dtype=torch.int64)), visual, embed(torch.tensor(after, dtype=torch.int64))]
+        prompt = torch.cat(parts)
+        span = range(len(before), len(before) + len(visual))
+        kept: list[int] | None = None
+        tokens: list[int] = []
+        for _ in range(new):
+            x = torch.cat([prompt, embed(torch.tensor(tokens, dtype=torch.int64))])[None]
+            places = list(range(x.shape[1]))
+            for i, layer in enumerate(self.decoder.layers):
+                if i == self.how.block:
+                    if kept is None:
+                        score = self.map[0].mean(dim=0)[-1, span.start : span.stop]
+                        best = score.argsort(descending=True, stable=True)[: self.how.keep]
+                        kept = sorted(span.start + int(n) for n in best)
+                    stay = [n for n, place in enumerate(places) if place not in span or place in kept]
+                    x, places = x[:, stay], [places[n] for n in stay]
+                x = self._block(layer, x, places)
+            logits = self.model.lm_head(self.decoder.norm(x[:, -1]))
+            tokens.append(int(logits[0].argmax()))
+        return tokens
+
+    def _block(self, layer: Any, x: Tensor, places: list[int]) -> Tensor:
+        position = torch.tensor([places])
+        hidden = torch.zeros(1, 1, len(places), len(places)).masked_fill(
+            torch.ones(len(places), len(places)).triu(1).bool(), torch.finfo(torch.float32).min
+        )
+        handle = layer.self_attn.register_forward_hook(lambda m, a, out: setattr(self, "map", out[1]))
+        out = layer(x, attention_mask=hidden, position_embeddings=self.decoder.rotary_emb(x, position), position_ids=position)
+        handle.remove()
+        return out[0] if isinstance(out, tuple) else out
