@@ -3,6 +3,7 @@ with maps, tokens in the order of the sequence, no caches: every new token runs 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,3 +135,28 @@ class Compressed:
         out = layer(x, attention_mask=hidden, position_embeddings=self.decoder.rotary_emb(x, position), position_ids=position)
         handle.remove()
         return out[0] if isinstance(out, tuple) else out
+
+
+CHAT = (
+    "{% for m in messages %}user {% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} answer"
+)
+
+
+def save_llava(folder: Any) -> Any:
+    """A LLaVA with a tokenizer of words, a chat template and the constants of a processor, as a Hugging Face folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "<s>", "user", "answer", "what", "is", "this", *(f"w{i}" for i in range(7, IMAGE)), "<image>"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=["<image>"], chat_template=CHAT
+    )
+    fast.save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    about = {"size": size, "crop_size": size, "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "CLIPImageProcessor", **about}))
+    model = llava()
+    model.save_pretrained(folder)
+    return model

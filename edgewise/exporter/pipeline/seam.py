@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from edgewise.errors import InputError
 from edgewise.exporter.capture import evaluating, quiet
@@ -150,7 +151,14 @@ def _first_run(encoder: VisionEncoder, pixel_values: Tensor) -> Tensor:
 def token_types(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     """What a processor says of each token besides its id, where the model asks for it: 1 for an image's tokens."""
     takes = inspect.signature(model.forward).parameters
-    return {"mm_token_type_ids": image.long()} if "mm_token_type_ids" in takes else {}
+    if "mm_token_type_ids" in takes:
+        return {"mm_token_type_ids": image.long()}
+    if "token_type_ids" not in takes:
+        return {}
+    # Of two meanings: which tokens are an image's, or which belong to the answer (none, in a prompt).
+    config: Any = model.config
+    marks = getattr(PROCESSOR_MAPPING.get(type(config), None), "return_mm_token_type_ids", False)
+    return {"token_type_ids": image.long() if marks else torch.zeros_like(image, dtype=torch.int64)}
 
 
 def _decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

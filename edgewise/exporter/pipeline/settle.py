@@ -6,8 +6,9 @@ static shape they are constants; a trace would make them parts of the graph, wit
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,42 +16,56 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-_READS = {Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
+Kind = Literal["number", "truth", "rows"]
+Noted = dict[Kind, deque[Any]]
+"""What was read, in order. Each kind is counted alone: checks that a trace leaves out are of another kind than sizes."""
+
+_READS: dict[Any, Kind] = {
+    Tensor.__bool__: "truth",
+    **dict.fromkeys((Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__float__, Tensor.__index__), "number"),  # type: ignore[dict-item]
+}
 """What brings values of a tensor to Python."""
 
 
 class Settle(TorchFunctionMode):
-    """While the model runs on an example, note what Python reads of tensors; while it is traced, compute with constants for real,
-    and answer with what was noted where a traced value is read."""
+    """While the model runs on an example, note in `noted` what Python reads of tensors; while it is traced, compute with constants
+    for real, and answer with what was noted where a traced value is read."""
 
-    def __init__(self, noted: list[Any], tracing: bool) -> None:
+    def __init__(self, noted: Noted, tracing: bool) -> None:
         super().__init__()
-        self.noted, self.tracing, self.at = noted, tracing, 0
+        self.tracing = tracing
         if not tracing:
             noted.clear()
+        self.noted = noted
+        self.left: Noted = defaultdict(deque, {kind: deque(values) for kind, values in noted.items()})
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        chooses = _chooses(func, args)
-        noted = func in _READS or chooses
+        kind: Kind | None = "rows" if _chooses(func, args) else _READS.get(func)
         if not self.tracing:
             made = func(*args, **kwargs)
-            if noted:
-                self.noted.append(args[1].clone() if chooses else made)
+            if kind == "rows":
+                self._note(kind, [[i for i, taken in enumerate(args[1].tolist()) if taken]])
+            elif kind is not None:
+                # A traced tensor gives its numbers one by one.
+                self._note(kind, pytree.tree_leaves(made))
             return made
-        self.at += noted
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if all(type(t) is Tensor for t in tensors):
             with _disable_current_modes():
-                return func(*args, **kwargs)
-        if func in _READS:
-            return self.noted[self.at - 1]
-        if chooses:
-            rows = self.noted[self.at - 1]
-            return args[0] if bool(rows.all()) else args[0][rows.nonzero()[:, 0]]
-        return func(*args, **kwargs)
+                made = func(*args, **kwargs)
+            for _ in pytree.tree_leaves(made) if kind in ("number", "truth") else ():
+                self.left[kind].popleft()  # type: ignore[index]
+            return made
+        if kind == "rows":
+            rows = self.left[kind].popleft()
+            return args[0] if len(rows) == args[0].shape[0] else args[0][rows]
+        return func(*args, **kwargs) if kind is None else self.left[kind].popleft()
+
+    def _note(self, kind: Kind, values: Sequence[Any]) -> None:
+        self.noted.setdefault(kind, deque()).extend(values)
 
 
 def _chooses(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewise.exporter.pipeline.decoder import GivenCache, explicit_attention
-from edgewise.exporter.pipeline.settle import Settle, is_traced
+from edgewise.exporter.pipeline.settle import Noted, Settle, is_traced
 
 Rule = Literal["causal", "media", "prompt"]
 """Who sees whom besides what a token sees before it: nobody more, media tokens one another, or all of the prompt one another."""
@@ -30,7 +30,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.model: Any = model
         self.settled = dict(settled or {})
-        self._noted: list[Any] = []
+        self._noted: Noted = {}
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         with Settle(self._noted, tracing=is_traced(pixel_values)):
@@ -67,7 +67,7 @@ class Prefill(nn.Module):
         row = torch.where(real, order, order.amax(dim=-1, keepdim=True))
         mask = row[:, :, None] >= order[:, None, :]
         if self.rule == "prompt":
-            mask = torch.ones_like(mask)
+            mask = mask | torch.ones_like(mask)
         elif self.rule == "media":
             image = torch.arange(order.shape[1]) < visual
             mask = mask | (image[:, None] & image[None, :])
