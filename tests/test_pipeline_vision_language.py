@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vlm_reference import IMAGE, Compressed, Compression, greedy, llava, zipped
+from conftest import Cli
+from PIL import Image
+from transformers import AutoTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from vlm_reference import IMAGE, Compressed, Compression, greedy, llava, save_llava, zipped
 
 import edgewise
 from edgewise.errors import InputError
@@ -101,3 +105,27 @@ def test_the_bundle_says_what_caches_hold(plain: edgewise.Bundle, compressed: ed
 def test_wrong_prompts_and_media(plain: edgewise.Bundle, given: dict[str, Any], message: str) -> None:
     with edgewise.load(plain, target="openvino") as pipeline, pytest.raises(InputError, match=message):
         pipeline.generate(**{"image": image(0).numpy()} | given)
+
+
+def test_the_command_line_answers_as_the_model_does(cli: Cli, tmp_path: Path) -> None:
+    """From a Hugging Face folder: its tokenizer, template and image constants go into the bundle, and sampling is seeded."""
+    folder, out, picture = tmp_path / "model", tmp_path / "b", tmp_path / "x.png"
+    folder.mkdir()
+    model = save_llava(folder)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(picture)
+    assert cli("export", folder, "--target", "openvino", "--prompt-tokens", 16, "--new-tokens", 8, "-o", out).code == 0
+    asked = cli("run", out, "--image", picture, "--prompt", "what is this", "--json", "--quiet").document
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    content = [{"type": "image"}, {"type": "text", "text": "what is this"}]
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": content}], return_dict=True)["input_ids"]
+    pixels = CLIPImageProcessorPil.from_pretrained(folder)(Image.open(picture), return_tensors="pt")["pixel_values"]
+    at = ids.index(IMAGE)
+    assert asked["ids"] == greedy(model, pixels, ids[:at], ids[at + 1 :], 64, 8)
+    assert asked["text"] == tokenizer.decode(asked["ids"]) and asked["stages"]["decode"]["runs"] == 7
+    drawn = ["run", out, "--image", picture, "--prompt", "is", "--temperature", 2, "--json", "--quiet"]
+    texts = [cli(*drawn, "--seed", seed).document["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    streamed = cli("run", out, "--image", picture, "--prompt", "what is this")
+    assert asked["text"] in streamed.out
+    twice = cli("run", out, "--image", picture, "--prompt", "<image> is <image>")
+    assert twice.code == 2 and "write one" in twice.err

@@ -155,7 +155,7 @@ def save_llava(folder: Any) -> Any:
     )
     fast.save_pretrained(folder)
     size = {"height": 32, "width": 32}
-    about = {"size": size, "crop_size": size, "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 3}
+    about = {"size": size, "crop_size": size, "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "CLIPImageProcessor", **about}))
     model = llava()
     model.save_pretrained(folder)
