@@ -24,7 +24,8 @@ class PatchDropout:
 
     The first `special` tokens (class, distillation) always stay. Each call keeps a fraction of the patches
     drawn from `keep`. `importance(inputs)`, if given, returns one value per patch that is added to its random
-    draw from [0, 1): patches with a higher value are kept more often.
+    draw from [0, 1): patches with a higher value are kept more often. `kept` holds the indices of the patches that
+    the last call kept, `(batch, count)`, or None where it kept them all.
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class PatchDropout:
     ) -> None:
         self.special, self.keep, self.importance = special, keep, importance
         self.active = True
+        self.kept: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not (module.training and self.active):
+            self.kept = None
             return output
         special, patches = output[:, : self.special], output[:, self.special :]
         low, high = self.keep
@@ -42,7 +45,7 @@ class PatchDropout:
         score = torch.rand(patches.shape[:2])
         if self.importance is not None:
             score = score + self.importance(args[0])
-        index = score.topk(count, dim=1).indices.sort(dim=1).values
+        self.kept = index = score.topk(count, dim=1).indices.sort(dim=1).values
         kept = patches.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
         return torch.cat((special, kept), dim=1)
 
@@ -103,12 +106,17 @@ def save_split(folder: Path, name: str, inputs: np.ndarray, labels: np.ndarray) 
     np.savez_compressed(folder / "split.npz", **arrays)
 
 
-@torch.inference_mode()
 def accuracy(model_class: type[PreTrainedModel], folder: Path) -> float:
     """Test accuracy of the saved model on the saved split, both read back from `folder`, in fp32."""
-    model = model_class.from_pretrained(folder).eval()
+    model = model_class.from_pretrained(folder)
     with np.load(folder / "split.npz", allow_pickle=False) as split:
-        inputs = torch.from_numpy(split[model.main_input_name].astype(np.float32))
-        labels = torch.from_numpy(split["labels"])
-    logits = torch.cat([model(**{model.main_input_name: part}).logits for part in inputs.split(64)])
-    return (logits.argmax(-1) == labels).float().mean().item()
+        return accuracy_of(model, split[model.main_input_name].astype(np.float32), split["labels"])
+
+
+@torch.inference_mode()
+def accuracy_of(model: PreTrainedModel, inputs: np.ndarray, labels: np.ndarray) -> float:
+    """The share of `inputs`, taken as the model's main input, that get their label."""
+    model.eval()
+    parts = torch.from_numpy(inputs).split(64)
+    logits = torch.cat([model(**{model.main_input_name: part}).logits for part in parts])
+    return (logits.argmax(-1) == torch.from_numpy(labels)).float().mean().item()
