@@ -97,7 +97,7 @@ def main() -> None:
     """Train, save the model, and print the test accuracy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -119,7 +119,7 @@ def main() -> None:
     )
     size = {"height": clips.SIZE, "width": clips.SIZE}
     processor = VideoMAEImageProcessorPil(
-        size=size, do_center_crop=False, image_mean=[clips.MEAN] * 3, image_std=[clips.STD] * 3
+        size=size, crop_size=size, do_center_crop=False, image_mean=[clips.MEAN] * 3, image_std=[clips.STD] * 3
     )
     model = VideoMAEForVideoClassification(config)
     train(model, args.steps, args.batch)

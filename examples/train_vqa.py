@@ -141,16 +141,19 @@ def importance(patches: Patches) -> Tensor:
 
 
 class Trainer:
-    """AdamW with a warm-up and a cosine, over some parameters and a number of steps."""
+    """AdamW over some parameters, its rate warmed up, then constant, and going down to 0 in the last 30 % of `steps`.
 
-    def __init__(self, modules: list[nn.Module], steps: int, rate: float) -> None:
+    `done` steps were made by an earlier run.
+    """
+
+    def __init__(self, modules: list[nn.Module], steps: int, rate: float, done: int = 0) -> None:
         self.parameters = [p for module in modules for p in module.parameters()]
         decayed = [p for p in self.parameters if p.ndim >= 2]
         plain = [p for p in self.parameters if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=rate, total_steps=steps, pct_start=min(0.1, 100 / steps), cycle_momentum=False
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / 50, (steps - done - step) / (0.3 * steps))
         )
 
     def step(self, loss: Tensor) -> None:
@@ -161,7 +164,41 @@ class Trainer:
         self.schedule.step()
 
 
-def train_tower(model: LlavaForConditionalGeneration, data: Scenes, steps: int) -> None:
+@torch.no_grad()
+def start_projector(model: LlavaForConditionalGeneration, data: Scenes) -> None:
+    """Start the projector from what can be read off the visual tokens.
+
+    The tower's tokens are mostly a mean that all share, and shape and size are a few per cent of what differs: a
+    projector that starts at random leaves them too small for attention to find. Least squares says which directions
+    hold the labels; all labels are given the same spread, and the first layer mixes them at random.
+    """
+    pixels, patches, _ = data.draw(200)
+    tokens = torch.cat([see(model, part)[0] for part in pixels.split(50)]).flatten(0, 1).double()
+    on = (patches.colour > 0).flatten().double()
+    even = on / on.sum() + (1 - on) / (1 - on).sum()
+    whole, mean = readout(tokens, torch.stack((on, patches.centre.flatten().double()), 1), even)
+    kinds, middle = readout(tokens, patches.features().flatten(0, 1).double(), on)
+    first, second = model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2
+    read = torch.cat((whole, kinds), 1)
+    mix = torch.randn(first.out_features, read.shape[1]).double() / 4
+    first.weight.copy_(mix @ read.T)
+    first.bias.copy_(-(mix @ torch.cat((mean @ whole, middle @ kinds))))
+    nn.init.normal_(second.weight, std=second.in_features**-0.5)
+
+
+def readout(tokens: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The linear map from tokens `(n, width)` to labels `(n, k)` by weighted least squares, each of its outputs scaled to
+    a variance of 1, and the mean token."""
+    weight = (weight / weight.sum())[:, None]
+    mean = (weight * tokens).sum(0)
+    centred = tokens - mean
+    gram = centred.T @ (weight * centred)
+    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
+    read = torch.linalg.solve(gram + ridge, centred.T @ (weight * labels))
+    return read / (weight * (centred @ read) ** 2).sum(0).sqrt(), mean
+
+
+def train_tower(model: LlavaForConditionalGeneration, data: Scenes, steps: int, out: Path) -> None:
     """The first stage. The tower sees a part of the patches, and all of them in the last quarter."""
     tower = model.model.vision_tower
     head = PatchHead(model.config.vision_config.hidden_size)
@@ -176,24 +213,25 @@ def train_tower(model: LlavaForConditionalGeneration, data: Scenes, steps: int) 
         dropout.active = step < 0.75 * steps
         pixels, shown, _ = data.draw(16)
         losses = head(*see(model, pixels), shown.take(dropout.kept))
-        trainer.step(sum(losses.values()))
+        trainer.step(sum(losses.values()) + losses["shape"])
         if step % 20 == 0:
             parts = "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
             print(f"tower {step}/{steps}  {parts}  {time.perf_counter() - begin:.0f} s", flush=True)
+            model.save_pretrained(out)
     hook.remove()
     tower.eval().requires_grad_(False)
 
 
-def train_decoder(model: LlavaForConditionalGeneration, data: Scenes, out: Path, steps: int) -> None:
+def train_decoder(model: LlavaForConditionalGeneration, data: Scenes, out: Path, steps: int, done: int) -> None:
     """The second stage: projector and decoder learn to answer; the model is saved every 100 steps."""
     parts = [model.model.multi_modal_projector, model.model.language_model, model.lm_head]
     head = NounHead(model.config.text_config.hidden_size)
-    trainer = Trainer([*parts, head], steps, 1.5e-3)
+    trainer = Trainer([*parts, head], steps, 1.5e-3, done)
     start = data.tokenizer("USER: ", return_tensors="pt")["input_ids"][0]
     held_out = Scenes(data.tokenizer, VALIDATION).draw(50, QUESTIONS)
     begin, total, other = time.perf_counter(), 0.0, 0.0
-    for step in range(1, steps + 1):
-        pixels, patches, asked = data.draw(16, QUESTIONS)
+    for step in range(done + 1, steps + 1):
+        pixels, patches, asked = data.draw(8, QUESTIONS)
         with torch.no_grad():
             tokens, _ = see(model, pixels)
         all_stay = step > 0.9 * steps or torch.rand(()).item() < 0.1
@@ -250,8 +288,10 @@ def main() -> None:
     """Train, save the model, and print the test accuracy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--tower-steps", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--tower-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--start", type=Path, help="go on from the folder of an earlier run, with its tower as it is")
+    parser.add_argument("--done", type=int, default=0, help="steps of the second stage that the earlier run made")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -259,13 +299,20 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     processor = make_processor()
     processor.save_pretrained(args.out)
+    processor.image_processor.save_pretrained(args.out)
     model = make_model(processor.tokenizer)
     data = Scenes(processor.tokenizer)
-    train_tower(model, data, args.tower_steps)
-    model.save_pretrained(args.out)
-    train_decoder(model, data, args.out, args.steps)
+    if args.start:
+        model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(args.start).state_dict())
+        model.model.vision_tower.eval().requires_grad_(False)
+        data.next = args.tower_steps * 16 + args.done * 8
+    else:
+        train_tower(model, data, args.tower_steps, args.out)
+    if not args.done:
+        start_projector(model, data)
+    train_decoder(model, data, args.out, args.steps, args.done)
     # Half of the bytes; the configuration says fp32, in which the model is loaded.
-    model.half().save_pretrained(args.out)
+    model.save_pretrained(args.out, state_dict={key: value.half() for key, value in model.state_dict().items()})
     total, by_kind = accuracy(args.out)
     print(f"test accuracy {total:.4f} on {scenes.TEST} questions:", by_kind)
 

@@ -62,6 +62,12 @@ class Patches:
             torch.tensor(tally),
         )
 
+    def features(self) -> Tensor:
+        """The labels of things as numbers, `(batch, patches, features)`."""
+        kinds = zip((self.colour, self.shape, self.size), SIZES, strict=True)
+        one_hot = [functional.one_hot(labels, size + 1)[..., 1:].float() for labels, size in kinds]
+        return torch.cat((*one_hot, self.place), dim=-1)
+
     def take(self, kept: Tensor | None) -> Patches:
         """The labels of the kept patches `(batch, count)` alone, of a batch."""
         if kept is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -45,6 +47,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
         num_attention_heads=4,
         intermediate_size=384,
         projection_dim=96,
+        initializer_range=0.06,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -67,9 +70,20 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
         **special,
     )
     model = LlavaForConditionalGeneration(config)
+    embeddings = next(m for name, m in model.model.vision_tower.named_modules() if name.endswith("embeddings"))
+    with torch.no_grad():
+        embeddings.position_embedding.weight[1:] = 0.3 * waves(vision.hidden_size)
     for name, value in special.items():
         setattr(model.generation_config, name, value)
     return model
+
+
+def waves(width: int) -> Tensor:
+    """Where each patch is, `(patches, width)`, as waves over columns and rows: a start for embeddings of position, with
+    which near patches find each other soon."""
+    phase = torch.arange(GRID).unsqueeze(1) * 20.0 ** -torch.linspace(0, 1, width // 4)
+    along = torch.cat((phase.sin(), phase.cos()), dim=1)
+    return torch.cat((along.repeat(GRID, 1), along.repeat_interleave(GRID, 0)), dim=1)
 
 
 def make_processor(folder: Path | None = None) -> LlavaProcessor:

@@ -119,6 +119,12 @@ def speech(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return _demo("speech", tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def motion(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo:motion`, compressed, for both targets."""
+    return _demo("motion", tmp_path_factory)
+
+
 def _demo(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import edgewise
 

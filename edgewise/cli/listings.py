@@ -186,24 +186,28 @@ def _demo(name: str) -> dict[str, Any]:
     """What the files of a demo model say of it. Nothing is loaded."""
     from edgewise import demos
 
-    folder, split = demos.folder(name), demos.split(name)
+    folder, (inputs, samples) = demos.folder(name), demos.outline(name)
     config = decoder.loads((folder / "config.json").read_text("utf-8"))
     return {
         "model": f"demo:{name}",
         "architecture": (config.get("architectures") or [None])[0],
-        "inputs": {key: [1, *array.shape[1:]] for key, array in split.inputs.items()},
+        "inputs": {key: [1, *shape] for key, shape in inputs.items()},
         "parameters": _parameters(folder / "model.safetensors"),
         "tokens": _tokens(config),
         "classes": len(config.get("id2label") or {}) or None,
-        "test_samples": len(split.labels),
+        "test_samples": samples,
     }
 
 
 def _tokens(config: dict[str, Any]) -> int | None:
-    """Tokens of the encoder, special ones included, for the two architectures that the demos have."""
+    """Tokens of the encoder, special ones included, for the architectures that the demos have."""
+    if config.get("model_type") == "llava":
+        return _tokens(config["vision_config"])
     patch = config.get("patch_size")
-    if config.get("model_type") == "vit":
+    if config.get("model_type") in ("vit", "clip_vision_model"):
         return (config["image_size"] // patch) ** 2 + 1
+    if config.get("model_type") == "videomae":
+        return (config["image_size"] // patch) ** 2 * (config["num_frames"] // config["tubelet_size"])
     if config.get("model_type") == "audio-spectrogram-transformer":
         bins = (config["num_mel_bins"] - patch) // config["frequency_stride"] + 1
         frames = (config["max_length"] - patch) // config["time_stride"] + 1

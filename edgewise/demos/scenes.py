@@ -24,15 +24,17 @@ COLOURS = {
     "purple": (165, 50, 190),
     "white": (235, 235, 235),
 }
-RADII = {"small": 6.5, "large": 11.0}
+RADII = {"small": 6.5, "large": 11.5}
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 KINDS = ("colour", "shape", "count", "position", "comparison")
 PROMPT = "USER: <image>\n{question} ASSISTANT:"
 
 # Scenes of the test split have seeds that no scene for training has.
 _FIRST = {"train": 0, "test": 2**31}
+# Things stand where patches of 8 pixels hold them whole: a small one fills two by two, a large one three by three.
+_STEP, _FIRST_CENTRE, _PLACES = 8, {"small": 8, "large": 12}, {"small": 13, "large": 12}
 # Things keep off each other, and a question of place off the line that decides it.
-_GAP, _CLEAR_SIDE, _CLEAR_MIDDLE = 4, 12, 7
+_GAP, _CLEAR_SIDE, _CLEAR_MIDDLE = 2, 12, 7
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,8 @@ def _arrange(random: np.random.RandomState) -> list[Thing]:
     things: list[Thing] = []
     while len(things) < wanted:
         size = ("small", "large")[random.randint(2)]
-        radius = RADII[size]
-        x, y = random.uniform(radius + 1, SIZE - radius - 1, 2)
-        apart = (max(abs(x - o.x), abs(y - o.y)) - radius - RADII[o.size] for o in things)
+        x, y = (float(_FIRST_CENTRE[size] + _STEP * place) for place in random.randint(0, _PLACES[size], 2))
+        apart = (max(abs(x - o.x), abs(y - o.y)) - RADII[size] - RADII[o.size] for o in things)
         if all(gap >= _GAP for gap in apart):
             shape, colour = shapes[random.randint(len(shapes))], colours[random.randint(len(colours))]
             things.append(Thing(str(shape), str(colour), size, x, y))

@@ -66,6 +66,8 @@ def load_source(
         source = _hugging_face(str(demos.folder(name)), shapes, batch, seed, False, False)
         source.name = model
         split = demos.split(name)
+        if split is None:
+            return source
         source.samples = dict(split.inputs)
         # Real examples, where the default shapes are wanted: the split has exactly those.
         fits = all(

@@ -37,6 +37,8 @@ def load_data(src: str, *, labels: bool) -> Data:
         if name not in demos.names():
             raise unknown("demo data", name, demos.names())
         split = demos.split(name)
+        if split is None:
+            raise InputError(f"{src} has images and questions, and no arrays: see edgewise.demos.scenes.examples")
         return Data(src, dict(split.inputs), split.labels)
     arrays = _arrays(Path(src))
     found = arrays.pop("labels", None) if labels else None
