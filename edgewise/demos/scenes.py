@@ -76,10 +76,8 @@ def examples(split: str, count: int = TEST) -> Iterator[Example]:
     """The first `count` examples of the split "test" or "train": a scene each, the kinds of question in turn."""
     for index in range(count):
         random, things, image = scene(split, index)
-        for turn in range(len(KINDS)):
-            kind = KINDS[(index + turn) % len(KINDS)]
-            if found := ask(random, things, kind):
-                break
+        turn = (ask(random, things, KINDS[(index + later) % len(KINDS)]) for later in range(len(KINDS)))
+        found = next(question for question in turn if question is not None)
         prompt = PROMPT.format(question=found.text)
         yield Example(image, found.text, prompt, found.answer, found.kind)
 
