@@ -40,6 +40,7 @@ _EXTRAS = {
     "coreai_torch": "coreai",
     "coremltools": "coreml",
     "google": "coreml",
+    "jiwer": "metrics",
     "matplotlib": "report",
     "onnx": "export",
     "onnxscript": "export",

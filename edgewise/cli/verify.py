@@ -8,6 +8,7 @@ import typer
 
 from edgewise.cli import options, tables
 from edgewise.cli.screen import Result, Screen, row, table
+from edgewise.cli.spoken import is_speech, word_error_rates
 from edgewise.verify.data import accuracy, load_data
 
 
@@ -16,7 +17,12 @@ def verify(
     target: options.Targets = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="SRC", help="demo:NAME, or an .npz of inputs and `labels`: measure accuracy."),
+        typer.Option(
+            "--data",
+            metavar="SRC",
+            help="demo:NAME, or an .npz of inputs and `labels`: measure accuracy. Of a speech model a table (.tsv, .csv) with the "
+            "columns `file` and `text`: measure the word error rate.",
+        ),
     ] = None,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -28,9 +34,10 @@ def verify(
     from edgewise.verify.bundle import verify_bundle
 
     screen = Screen(json, quiet)
-    labelled = None if data is None else load_data(data, labels=True)
+    opened = Bundle.open(bundle)
+    spoken = data is not None and is_speech(opened)
+    labelled = None if data is None or spoken else load_data(data, labels=True)
     with screen.progress() as step:
-        opened = Bundle.open(bundle)
         rungs = verify_bundle(
             opened, target or None, threads=threads, progress=lambda label: step(0, 0, f"run {label}")
         )
@@ -42,6 +49,15 @@ def verify(
         made = table(f"accuracy on {labelled.name}", "artifact", *numbers, right=numbers)
         for score in scores:
             row(made, score["artifact"], score["samples"], score["correct"], f"{score['top1']:.2%}")
+        screen.show(made)
+    rates: list[dict[str, Any]] = []
+    if data is not None and spoken:
+        rates = word_error_rates(opened, data, target or None, threads, screen.counter)
+        numbers = ("recordings", "words", "replaced", "left out", "added", "word error rate")
+        made = table(f"transcripts of {data}", "target", *numbers, right=numbers)
+        for rate in rates:
+            errors = [rate[kind] for kind in ("substitutions", "deletions", "insertions")]
+            row(made, rate["artifact"], rate["samples"], rate["words"], *errors, f"{rate['wer']:.2%}")
         screen.show(made)
     failed = [rung.name for rung in rungs if rung.passed is False]
     checked = [rung.name for rung in rungs if rung.passed]
@@ -57,6 +73,7 @@ def verify(
             "passed": not failed,
             "verification": [rung.model_dump(mode="json") for rung in rungs],
             "accuracy": scores if labelled is not None else None,
+            "wer": rates if spoken else None,
         },
         1 if failed else 0,
     )
