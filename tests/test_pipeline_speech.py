@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Cli
 from reference import Eager, patched
 from tiny_speech import BINS, END, FRAMES, NO_TIMES, POSITIONS, SOON, START, tiny_speech, tiny_speech_folder
 
@@ -242,6 +243,23 @@ def test_audio_that_makes_no_sense(bundle: Path) -> None:
                 speech.generate(audio)
         with pytest.raises(InputError, match="one language and one task"):
             speech.generate(sound(0.1), language="en")
+
+
+def test_from_the_command_line(bundle: Path, cli: Cli, tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "sound.wav", sound(0.5), 16000)
+    with edgewise.load(bundle) as speech:
+        wanted = speech.generate(tmp_path / "sound.wav")
+    assert wanted.text
+    said = cli("run", bundle, "--audio", tmp_path / "sound.wav")
+    assert said.code == 0 and said.out == wanted.text + "\n", said
+    assert "decode" in said.err and "ended by" in said.err
+    document = cli("run", bundle, "--audio", tmp_path / "sound.wav", "--json").document
+    assert document["text"] == wanted.text and document["ids"] == wanted.ids
+    assert list(document["stages"]) == ["features", "audio_encoder", "prefill", "decode"]
+    cli("run", bundle, "--audio", tmp_path / "none.wav").refused("none.wav does not exist")
+    cli("run", bundle, "--audio", tmp_path / "sound.wav", "--prompt", "what?").refused("takes no --prompt")
+    cli("run", bundle, "--task", "translate").refused("give --audio")
 
 
 def test_a_device_needs_no_torch(bundle: Path) -> None:

@@ -22,12 +22,15 @@ def generate(
     target: str | None,
     threads: int | None,
 ) -> Result:
-    """Generate from what is `given` (image, prompt, ...), and print the text as it comes."""
+    """Generate from what is `given` (image, prompt, audio, ...), and print the text as it comes."""
     with load_pipeline(bundle, target, threads=threads) as pipeline:
         takes = inspect.signature(pipeline.generate).parameters
         for name in given:
             if name not in takes:
                 raise InputError(f"{bundle.path} is a {pipeline.kind} model, and takes no --{name}")
+        needed = [name for name, one in takes.items() if one.default is one.empty and name not in given]
+        if needed:
+            raise InputError(f"{bundle.path} is a {pipeline.kind} model: give --{needed[0]}")
         made = pipeline.generate(**given, max_new_tokens=most, sampling=sampling, on_text=screen.stream)
         screen.show("")
     stages = {name: {"runs": len(times), "seconds": statistics.fmean(times)} for name, times in made.seconds.items()}

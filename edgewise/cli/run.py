@@ -36,6 +36,13 @@ def run(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The question. The model's template goes around it.")
     ] = None,
+    audio: Annotated[
+        Path | None, typer.Option("--audio", metavar="FILE", help="A recording, for a model that writes down what is said.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option("--language", metavar="NAME", help="That is spoken: en, or english. Default: it is detected.")
+    ] = None,
+    task: Annotated[str | None, typer.Option("--task", metavar="NAME", help="Of a speech model: transcribe, translate.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", metavar="N", help="Stop after N tokens. Default: as many as have room.")
     ] = None,
@@ -57,24 +64,29 @@ def run(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> Result:
-    """Run one artifact of BUNDLE on arrays, and show what comes out; or generate text with all of it (--image, --prompt)."""
+    """Run one artifact of BUNDLE on arrays, and show what comes out; or generate text with all of it (--prompt, --audio)."""
     from edgewise.bundle import Bundle
     from edgewise.runtime import load_session
 
     screen = Screen(json, quiet)
-    if image or prompt is not None:
+    words = {"prompt": prompt, "audio": audio, "language": language, "task": task}
+    given: dict[str, Any] = {name: value for name, value in words.items() if value is not None}
+    if image:
+        given["image"] = image[0] if len(image) == 1 else image
+    if given:
         if inputs is not None or out is not None or role is not None:
-            raise InputError("--inputs, --role and -o are for one artifact, --image and --prompt for the whole model: give either")
+            raise InputError(
+                "--inputs, --role and -o are for one artifact, --image, --prompt and --audio for the whole model: give either"
+            )
         from edgewise.cli.generate import generate
         from edgewise.runtime import Sampling
 
         sampling = Sampling(temperature, top_k, top_p, seed)
-        given: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
-        if image:
-            given["image"] = image[0] if len(image) == 1 else image
         return generate(screen, Bundle.open(bundle), given, max_new_tokens, sampling, target, threads)
     if inputs is None:
-        raise InputError("give --inputs SRC to run one artifact, or --image FILE --prompt TEXT for a generative model")
+        raise InputError(
+            "give --inputs SRC to run one artifact, or --image FILE --prompt TEXT, or --audio FILE, for a generative model"
+        )
     if out is not None and out.suffix != ".npz":
         raise InputError(f"-o {out}: outputs are written as .npz")
     if bundle.suffix == _PACKAGE:

@@ -53,8 +53,8 @@ def verify(
     rates: list[dict[str, Any]] = []
     if data is not None and spoken:
         rates = word_error_rates(opened, data, target or None, threads, screen.counter)
-        numbers = ("recordings", "words", "replaced", "left out", "added", "word error rate")
-        made = table(f"transcripts of {data}", "target", *numbers, right=numbers)
+        counts = ("recordings", "words", "replaced", "left out", "added", "word error rate")
+        made = table(f"transcripts of {data}", "target", *counts, right=counts)
         for rate in rates:
             errors = [rate[kind] for kind in ("substitutions", "deletions", "insertions")]
             row(made, rate["artifact"], rate["samples"], rate["words"], *errors, f"{rate['wer']:.2%}")
