@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgewise.bench.statistics import ratio_of_medians, summarise
@@ -59,6 +59,7 @@ def test_many_samples() -> None:
     assert interval.low < ratio < interval.high and interval.high - interval.low < 0.05
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 1000))
 def test_turned_round_the_ratio_is_its_inverse(n: int, seed: int) -> None:
     random = np.random.default_rng(seed)

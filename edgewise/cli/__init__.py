@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgewise.cli import bench, build, compare, diff, explain, export, fit, inspect, lint, listings, run, verify
+from edgewise.cli import bench, build, compare, diff, explain, export, fit, inspect, lint, listings, report, run, verify
 from edgewise.cli.screen import ReaderGone, Result
 from edgewise.errors import EdgewiseError, Refused, extras_named, unknown
 from edgewise.version import __version__
@@ -66,6 +66,7 @@ _VERBS: dict[str, Callable[..., Result]] = {
     "verify": verify.verify,
     "run": run.run,
     "bench": bench.bench,
+    "report": report.report,
     "methods": listings.methods,
     "targets": listings.targets,
     "models": listings.models,

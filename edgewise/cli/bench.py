@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json as encoder
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,10 @@ from edgewise.cli import options
 from edgewise.cli.files import write_text
 from edgewise.cli.screen import Result, Screen
 from edgewise.errors import InputError
+
+if TYPE_CHECKING:
+    from edgewise.bench import Record
+    from edgewise.bundle import Bundle
 
 
 def bench(
@@ -23,6 +28,19 @@ def bench(
         bool, typer.Option("--compare", help="Measure several bundles in turn, and give their ratios to the first.")
     ] = False,
     target: options.Targets = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on", metavar="ADDRESS", help="Measure there: ssh://user@host[:port][/folder], or adb[:serial]."
+        ),
+    ] = None,
+    ssh_config: Annotated[
+        Path | None,
+        typer.Option("--ssh-config", metavar="FILE", help="For ssh, in the place of your own configuration."),
+    ] = None,
+    remote_python: Annotated[
+        str, typer.Option("--remote-python", metavar="PROGRAM", help="Python 3.10 or newer on the device.")
+    ] = "python3",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Least runs of each artifact.")] = 30,
     seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="Least time of the runs of each.")] = 2.0,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs that are not counted.")] = 3,
@@ -44,6 +62,8 @@ def bench(
 
     if len(bundles) > 1 and not compare:
         raise InputError(f"{len(bundles)} bundles are given: add --compare to measure them in turn")
+    if on is not None and compare:
+        raise InputError("--compare works on this machine: leave out --on, or run edgewise on the device")
     screen = Screen(json, quiet)
     with screen.progress() as step:
         opened = [Bundle.open(bundle) for bundle in bundles]
@@ -51,7 +71,13 @@ def bench(
             **{"samples": samples, "seconds": seconds, "warmup": warmup, "threads": threads, "cold": cold},
             "progress": lambda line: step(0, 0, line),
         }
-        measure = partial(library.compare, opened) if compare else partial(library.bench, opened[0])
+        measure: Callable[..., library.Record | library.Comparison]
+        if on is not None:
+            measure = _elsewhere(on, opened[0], ssh_config, remote_python)
+        elif compare:
+            measure = partial(library.compare, opened)
+        else:
+            measure = partial(library.bench, opened[0])
         found: library.Record | library.Comparison = measure(target or None, **how)
     records = found.records if isinstance(found, library.Comparison) else (found,)
     screen.show(library.table(found))
@@ -61,3 +87,15 @@ def bench(
         screen.say(f"wrote {out}")
     invalid = any(one.validity == "invalid" for record in records for one in record.measurements)
     return Result(document, 1 if invalid else 0)
+
+
+def _elsewhere(on: str, bundle: Bundle, ssh_config: Path | None, python: str) -> Callable[..., Record]:
+    from edgewise.bench.remote import AdbAddress, bench_on_ssh, parse_address
+
+    address = parse_address(on)
+    if isinstance(address, AdbAddress):
+        raise InputError(
+            "benchmarks over adb are not there yet: on an Android device run an SSH server (that of Termux, say) and give "
+            "--on ssh://user@host:8022"
+        )
+    return partial(bench_on_ssh, address, bundle, config=ssh_config, python=python)

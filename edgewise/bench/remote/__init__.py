@@ -1,0 +1,125 @@
+"""Benchmarks on another machine: copy a bundle there, prepare it, run, and bring the record back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import edgewise
+from edgewise.bench.record import Record, parse
+from edgewise.bench.remote.address import AdbAddress, SshAddress, parse_address
+from edgewise.bench.remote.ssh import Ssh
+from edgewise.bundle.manifest import MANIFEST_NAME, dump
+from edgewise.bundle.reader import Bundle, digest
+from edgewise.errors import InputError
+from edgewise.targets import choose, get
+
+DEPENDENCIES = ("numpy>=1.26,<2.4", "pydantic>=2.7,<3", "rich>=13.7,<16", "safetensors>=0.4.3,<1")
+"""What edgewise needs there, besides a runtime: its own dependencies, without those of the command line."""
+
+_PARTS = ("bench", "bundle", "targets", "verify")
+"""The parts of edgewise that run on a device, besides its single modules. What makes artifacts stays here."""
+
+
+def bench_on_ssh(
+    address: SshAddress,
+    bundle: Bundle,
+    targets: Sequence[str] | None = None,
+    *,
+    config: Path | None = None,
+    python: str = "python3",
+    progress: Callable[[str], None] | None = None,
+    **how: Any,
+) -> Record:
+    """Measure `bundle` on another machine, as `edgewise.bench.bench` with the arguments `how` would there.
+
+    Copies the files of the bundle and of edgewise that the machine has not, each checked by its digest there; makes a virtual
+    environment or takes the one that it made before, and installs the runtimes of the bundle's targets that lack. `config`: for ssh
+    instead of the user's own, `python`: the interpreter there.
+
+    Raises `InputError` if the machine cannot be reached, is not who it was, has no room, or cannot run any artifact. Nothing is
+    written here; what has arrived there is used by the next try.
+    """
+    tell = progress or (lambda line: None)
+    artifacts = choose(bundle, targets)
+    trees = {"bundle": _files_of(bundle), "package": package_files()}
+    digests = {kind: {name: digest(path) for name, path in files.items()} for kind, files in trees.items()}
+    sources = {digests[kind][name]: path for kind, files in trees.items() for name, path in files.items()}
+    names = {kind: _tree_name(found) for kind, found in digests.items()}
+    device = Ssh(address, config=config, python=python)
+    tell(f"connect to {device.name}")
+    sizes = {name: path.stat().st_size for name, path in sources.items()}
+    found = device.ask({"verb": "hello", "folder": address.folder, "files": sizes}, tell)
+    folder, missing = _answer(found, sources)
+    if missing:
+        size = sum(sizes[name] - there for name, there in missing.items())
+        tell(f"copy {len(missing)} of {len(sources)} files, {size / 2**20:.1f} MiB")
+        wanted = {name: sources[name] for name in missing}
+        device.copy(wanted, missing, f"{folder}/incoming", rsync=found.get("rsync") is True)
+    order = {"bundle": names["bundle"], "targets": list(targets) if targets else None, "how": how}
+    result = device.ask(
+        {
+            "verb": "go",
+            "folder": address.folder,
+            "trees": {names[kind]: found for kind, found in digests.items()},
+            "package": names["package"],
+            "base": list(DEPENDENCIES),
+            "runtimes": {target: _requirements(target) for target in dict.fromkeys(one.target for one in artifacts)},
+            "order": order,
+        },
+        tell,
+    )
+    return _record(result, bundle, device.name)
+
+
+def _files_of(bundle: Bundle) -> dict[str, Path]:
+    return {MANIFEST_NAME: bundle.path / MANIFEST_NAME, **{name: bundle.file(name) for name in bundle.manifest.files}}
+
+
+def package_files() -> dict[str, Path]:
+    """The files of edgewise that a device needs, by their path below the folder that holds the package."""
+    root = Path(edgewise.__file__).parent
+    files = [
+        *root.glob("*.py"),
+        *(path for part in _PARTS for path in (root / part).rglob("*") if path.suffix in (".py", ".json")),
+    ]
+    return {f"edgewise/{path.relative_to(root).as_posix()}": path for path in sorted(files)}
+
+
+def _tree_name(digests: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _requirements(target: str) -> list[str]:
+    return [f"{one.package}>={one.minimum}" for one in get(target).requirements if one.runtime]
+
+
+def _answer(found: Any, sources: dict[str, Path]) -> tuple[str, dict[str, int]]:
+    """The folder and the missing files in a device's answer, which may be anything."""
+    folder = found.get("folder") if isinstance(found, dict) else None
+    missing = found.get("missing") if isinstance(found, dict) else None
+    if not isinstance(folder, str) or not isinstance(missing, dict) or not set(missing) <= set(sources):
+        raise InputError("the device's answer cannot be read: is another edgewise at work there?")
+    if not all(isinstance(size, int) and size >= 0 for size in missing.values()):
+        raise InputError("the device's answer cannot be read: is another edgewise at work there?")
+    # The folder is written into commands of sftp and rsync: only what an address may hold.
+    if parse_address(f"ssh://device{folder}") != SshAddress("device", folder=folder):
+        raise InputError(
+            f"the folder {folder!r} on the device has characters that edgewise does not send: name another one"
+        )
+    return folder, missing
+
+
+def _record(result: Any, bundle: Bundle, name: str) -> Record:
+    """The record in a device's answer, checked as one from anywhere."""
+    record = parse(json.dumps(result).encode(), f"the record of {name}")
+    ours = hashlib.sha256(dump(bundle.manifest)).hexdigest()
+    if not isinstance(record, Record) or record.bundle_digest != ours:
+        raise InputError(f"{name} sent the record of another bundle")
+    return record
+
+
+__all__ = ["DEPENDENCIES", "AdbAddress", "SshAddress", "bench_on_ssh", "package_files", "parse_address"]
