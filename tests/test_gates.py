@@ -147,6 +147,10 @@ def test_gates_of_a_build(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     assert [(v.bundle, v.gate) for v in record.verdicts if v.bundle != "plain"] == [
         ("tome-r=2", gate) for gate in ("size", "tokens", "lowering_error", "accuracy_drop", "latency_ratio")
     ]
+    # Accuracy is measured once, as long as the data are the same.
+    said = cli("build", recipe, "-o", "out", "--record", "r.json")
+    assert said.code == 0 and "latency against plain" in said.err and "accuracy on" not in said.err
+    assert [f.accuracy for f in read_record(tmp_path / "r.json").figures] == [plain.accuracy, merged.accuracy]
     # A missed gate: the table, the exit code, JUnit and the summary say so, and the bundles are there.
     recipe.write_text(recipe.read_text().replace("tokens: 13", "tokens: 12"))
     said = cli("build", recipe, "-o", "out", *flags)
@@ -155,6 +159,9 @@ def test_gates_of_a_build(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     assert [failure.get("message") for failure in failures] == ["tokens is 13"]
     assert (tmp_path / "s.md").read_text().count("## edgewise build") == 2 and "1 gates missed" in (tmp_path / "s.md").read_text()
     assert cli("build", recipe, "-o", "out", "--no-gates").code == 0
+    data = dict(np.load(tmp_path / "data.npz"))
+    np.savez(tmp_path / "data.npz", pixels=data["pixels"], labels=(data["labels"] + 1) % 5)
+    assert "accuracy on" in cli("build", recipe, "-o", "out").err
     # Against an earlier record, in which the artifact was smaller.
     document = json.loads((tmp_path / "r.json").read_text())
     document["figures"][1]["size"] = merged.size - 10

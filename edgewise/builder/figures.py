@@ -9,6 +9,7 @@ from typing import Any
 
 from edgewise.bench import compare
 from edgewise.bench.record import Interval
+from edgewise.builder.scores import Scores
 from edgewise.bundle import Artifact, Bundle, Manifest
 from edgewise.bundle.manifest import Digest
 from edgewise.errors import MissingExtra
@@ -44,8 +45,11 @@ class Figures(Strict):
     notes: tuple[str, ...] = ()
 
 
-def measure(entries: Sequence[Entry], out: Path, limits: Regressions | None = None, tell: Tell | None = None) -> list[Figures]:
-    """Figures of every artifact of the built bundles `out / name`; only what a gate or `limits` need is measured.
+def measure(
+    entries: Sequence[Entry], out: Path, limits: Regressions | None = None, tell: Tell | None = None, *, cache: bool = True
+) -> list[Figures]:
+    """Figures of every artifact of the built bundles `out / name`; only what a gate or `limits` need is measured. `cache`: accuracy
+    that was measured before, of the same bundle on the same data, is not measured again.
 
     Raises InputError if a bundle or the data cannot be read.
     """
@@ -59,14 +63,22 @@ def measure(entries: Sequence[Entry], out: Path, limits: Regressions | None = No
         source = str(gates.data)
         key = (name, source, gates.threads)
         if key not in scores:
+            known = Scores(bundles[name].manifest, source, gates.threads) if cache else None
+            earlier = known.read() if known is not None else None
+            if earlier is not None:
+                scores[key] = earlier
+                return earlier
             say(f"{name}: accuracy on {source}")
             if source not in data:
                 data[source] = load_data(source, labels=True)
             try:
                 found = accuracy(bundles[name], data[source], threads=gates.threads)
-                scores[key] = {one["artifact"]: one["top1"] for one in found}
             except MissingExtra as missing:
                 scores[key] = str(missing)
+            else:
+                scores[key] = measured = {one["artifact"]: one["top1"] for one in found}
+                if known is not None:
+                    known.write(measured)
         return scores[key]
 
     made = []

@@ -30,11 +30,6 @@ def tools(recipe: Recipe) -> dict[str, str]:
     return dict(sorted({**{k: v for k, v in names.items() if v is not None}, **python}.items()))
 
 
-def packages(recipe: Recipe) -> dict[str, str]:
-    """Versions of the packages that make a bundle, without edgewise and Python."""
-    return {name: found for name, found in tools(recipe).items() if name not in ("edgewise", "python")}
-
-
 def version(package: str) -> str | None:
     """The installed version of a package, or None."""
     try:
@@ -66,6 +61,7 @@ class Keys:
     def __init__(self, trust_remote_code: bool = False, weights_only: bool = False) -> None:
         self._flags = {"trust_remote_code": trust_remote_code, "weights_only": weights_only}
         self._models: dict[str, str] = {}
+        self._tools: dict[tuple[str, ...], dict[str, str]] = {}
 
     def parts(self, recipe: Recipe) -> dict[str, Any]:
         """What the key is made of."""
@@ -75,12 +71,16 @@ class Keys:
             shapes, seed = recipe.input_shapes, recipe.seed
             remote = self._flags["trust_remote_code"]
             self._models[known] = model_digest(recipe.model, shapes, seed, trust_remote_code=remote)
+        # Reading the versions of installed packages takes longer than all the rest.
+        kind = (recipe.model.partition(":")[0] if recipe.model.startswith("py:") else "", *recipe.targets)
+        if kind not in self._tools:
+            self._tools[kind] = tools(recipe)
         asked = recipe.model_dump(mode="json")
         return {
             "recipe": asked,
             "model": self._models[known],
             "files": values_digest({k: v for k, v in asked.items() if k != "model"}),
-            "tools": tools(recipe),
+            "tools": self._tools[kind],
             "code": code_digest(),
             "machine": platform.machine(),
             "flags": self._flags,

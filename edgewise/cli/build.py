@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as encoder
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,9 +91,8 @@ def build(
         )
         failed = {outcome.name for outcome in outcomes if outcome.status == "failed"}
         built = [entry for entry in entries if entry.name not in failed]
-        for entry in built:
-            _describe(entry, out, keys, file.path)
-        figures = [] if no_gates else measure(built, out, limits, lambda text: step(0, 0, text))
+        _describe(built, out, keys, file.path)
+        figures = [] if no_gates else measure(built, out, limits, lambda text: step(0, 0, text), cache=not no_cache)
     verdicts = [] if no_gates else judge(built, figures)
     if limits is not None and earlier is not None:
         verdicts += regressions(figures, earlier, limits)
@@ -108,19 +108,21 @@ def build(
     return Result({"out": str(out), "entries": _documents(planned, outcomes, out), "record": document}, found.code)
 
 
-def _describe(entry: Entry, out: Path, keys: Keys, recipe: Path) -> None:
-    """Write the bill of materials and the provenance of a bundle beside it, where they are not there already."""
-    from edgewise.builder.key import packages
+def _describe(entries: Sequence[Entry], out: Path, keys: Keys, recipe: Path) -> None:
+    """Write the bill of materials and the provenance of every bundle beside it, where they are not there already."""
     from edgewise.builder.provenance import provenance, source
     from edgewise.builder.sbom import sbom
     from edgewise.bundle.reader import read_manifest
 
-    manifest, versions = read_manifest(out / entry.name), packages(entry.recipe)
-    statement = provenance(entry.name, manifest, keys.parts(entry.recipe), versions, source(recipe.resolve().parent))
-    for kind, document in (("cdx", sbom(entry.name, manifest, versions)), ("provenance", statement)):
-        path, text = out / f"{entry.name}.{kind}.json", encoder.dumps(document, indent=1, sort_keys=True) + "\n"
-        if not path.is_file() or path.read_text("utf-8") != text:
-            write_text(path, text)
+    checkout = source(recipe.resolve().parent)
+    for entry in entries:
+        manifest, parts = read_manifest(out / entry.name), keys.parts(entry.recipe)
+        versions = {name: version for name, version in parts["tools"].items() if name not in ("edgewise", "python")}
+        statement = provenance(entry.name, manifest, parts, versions, checkout)
+        for kind, document in (("cdx", sbom(entry.name, manifest, versions)), ("provenance", statement)):
+            path, text = out / f"{entry.name}.{kind}.json", encoder.dumps(document, indent=1, sort_keys=True) + "\n"
+            if not path.is_file() or path.read_text("utf-8") != text:
+                write_text(path, text)
 
 
 def _engine(name: str, address: str | None) -> dict[str, Any]:
