@@ -271,7 +271,7 @@ class _Insertion:
                 """Where batch and heads are one dimension, every head of a sample gets the bias of the sample."""
                 batch, count = size.shape[:2]
                 size = size.repeat_interleave(lead // batch, dim=0) if rank == 3 and lead > batch > 1 else size
-                bias = size.squeeze(-1).log()
+                bias = size.log()
                 if level.padding is not None:  # of size 0; -inf at every key would give NaN
                     bias = bias.clamp_min(-1e4)
                 return bias.reshape(size.shape[0], *[1] * (rank - 2), count)

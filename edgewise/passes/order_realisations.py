@@ -17,5 +17,5 @@ def _(score: Tensor, keep: int) -> Tensor:
 
 @realisation("order_tokens", FREE)
 def _(score: Tensor, keep: int) -> Tensor:
-    index = torch.arange(score.shape[1], device=score.device, dtype=torch.float32).expand(score.shape[0], -1)
-    return place_by_rank(descending_rank(finite(score)), keep, index).to(torch.int64)
+    index = torch.arange(score.shape[1], device=score.device, dtype=torch.float32)[None, :, None]
+    return place_by_rank(descending_rank(finite(score)[:, :, None]), keep, index).to(torch.int64)

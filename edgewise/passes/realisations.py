@@ -39,9 +39,10 @@ REALISATIONS["top_tokens"] = {SCATTER: select.top_tokens._init_fn}
 
 
 def descending_rank(score: Tensor) -> Tensor:
-    """The place `(B, N)` of each score in descending order, ties to the lowest index, as float: counts of comparisons."""
+    """The place `(B, N)` of each score `(B, N, 1)` in descending order, ties to the lowest index, as float: counts of
+    comparisons."""
     count = score.shape[1]
-    mine, other = score[:, :, None], score[:, None, :]
+    mine, other = score, score.transpose(1, 2)
     index = torch.arange(count, device=score.device)
     earlier = (index[None, :] < index[:, None])[None]
     return ((other > mine) | ((other == mine) & earlier)).to(torch.float32).sum(-1)
@@ -54,17 +55,17 @@ def one_hot(index: Tensor, count: int) -> Tensor:
 
 
 def place_by_rank(rank: Tensor, wanted: int, value: Tensor) -> Tensor:
-    """`value (B, N)` reordered by `rank (B, N)`, of which the places 0 to `wanted` - 1 are taken: `(B, wanted)`."""
+    """`value (B or 1, N, 1)` reordered by `rank (B, N)`, of which the places 0 to `wanted` - 1 are taken: `(B, wanted)`."""
     places = torch.arange(wanted, device=rank.device, dtype=torch.float32)
     chosen = (rank[:, None, :] == places[None, :, None]).to(torch.float32)
-    return (chosen @ value.to(torch.float32)[:, :, None])[:, :, 0]
+    return (chosen @ value)[:, :, 0]
 
 
 def rank_among(flags: Tensor) -> Tensor:
-    """For `flags (B, N)` of zeros and ones: how many ones come before each position."""
+    """For `flags (B, N)` of zeros and ones: how many ones come before each one, and -1 for each zero."""
     count = flags.shape[1]
-    before = torch.ones(count, count, device=flags.device, dtype=torch.float32).triu(1)
-    return flags @ before
+    until = torch.ones(count, count, device=flags.device, dtype=torch.float32).triu()
+    return (flags @ until) * flags - 1
 
 
 def similarity(metric: Tensor, protected: int, padding: Tensor | None) -> Tensor:
@@ -77,15 +78,14 @@ def similarity(metric: Tensor, protected: int, padding: Tensor | None) -> Tensor
     return scores if padding is None else match.set_padding_apart(scores, padding[:, 2 * rows::2], padding[:, 2 * columns + 1::2])
 
 
-def positions(chosen: Tensor, rest: Tensor, partner: Tensor, count: int, protected: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`match.assemble` for indices among the unprotected of A (`chosen`, `rest`) and of B (`partner`)."""
-    rows, columns = match.protected_split(protected)
+def kept_tokens(rest: Tensor, count: int, protected: int) -> Tensor:
+    """The `kept` of a matching: the protected, those of A that do not merge (`rest`, as tokens), and B."""
+    _, columns = match.protected_split(protected)
     odd = torch.arange(2 * columns + 1, count, 2, device=rest.device).expand(rest.shape[0], -1)
-    parts = [2 * rest + 2 * rows if rows else 2 * rest, odd]
+    parts = [rest, odd]
     if protected:
         parts.insert(0, torch.arange(protected, device=rest.device).expand(rest.shape[0], -1))
-    return (torch.cat(parts, dim=1), 2 * chosen + 2 * rows if rows else 2 * chosen,
-            partner + protected + rest.shape[1])
+    return torch.cat(parts, dim=1)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,26 +109,27 @@ def _(metric: Tensor, r: int, protected: int, padding: Tensor | None = None) -> 
     chosen, rest = order[:, :r], order[:, r:]
     if protected:
         rest = rest.sort(dim=-1).values
-    return positions(chosen, rest, match.first_best(rows_at(scores, chosen)), metric.shape[1], protected)
+    rows, _ = match.protected_split(protected)
+    partner = match.first_best(rows_at(scores, chosen))
+    chosen, rest = (2 * i + 2 * rows if rows else 2 * i for i in (chosen, rest))
+    return kept_tokens(rest, metric.shape[1], protected), chosen, partner + (protected + rest.shape[1])
 
 
 @realisation("bipartite_match", FREE)
 def _(metric: Tensor, r: int, protected: int, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     scores = similarity(metric, protected, padding)
-    best = scores.amax(dim=-1)
+    best = scores.amax(dim=-1, keepdim=True)
     place = torch.arange(scores.shape[-1], device=metric.device, dtype=torch.float32)
-    partner = torch.where(scores == best[:, :, None], place, float(scores.shape[-1])).amin(dim=-1)
+    partner = torch.where(scores == best, place, float(scores.shape[-1])).amin(dim=-1, keepdim=True)
     rank = descending_rank(best)
-    even = torch.arange(scores.shape[1], device=metric.device, dtype=torch.float32).expand(rank.shape[0], -1)
-    rest_rank = rank - r
-    if protected:
-        rest = (rank >= r).to(torch.float32)
-        # Merged tokens get a rank that no place has.
-        rest_rank = rank_among(rest) * rest - (1 - rest)
-    chosen = place_by_rank(rank, r, even)
+    rows, _ = match.protected_split(protected)
+    even = torch.arange(2 * rows, metric.shape[1], 2, device=metric.device, dtype=torch.float32)[None, :, None]
+    # Where A stays in order, merged tokens get a rank that no place has.
+    rest_rank = rank_among((rank >= r).to(torch.float32)) if protected else rank - r
     unmerged = place_by_rank(rest_rank, scores.shape[1] - r, even)
-    kept, src, into = positions(chosen, unmerged, place_by_rank(rank, r, partner), metric.shape[1], protected)
-    return kept.to(torch.int64), src.to(torch.int64), into.to(torch.int64)
+    kept = kept_tokens(unmerged, metric.shape[1], protected)
+    into = place_by_rank(rank, r, partner) + (protected + unmerged.shape[1])
+    return kept.to(torch.int64), place_by_rank(rank, r, even).to(torch.int64), into.to(torch.int64)
 
 
 def without_padding(x: Tensor, size: Tensor | None, padding: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,10 +211,9 @@ def _(x: Tensor, kept: Tensor, dim: int, prefix: int) -> Tensor:
 @realisation("top_tokens", FREE)
 def _(score: Tensor, keep: int, protected: int) -> Tensor:
     free = finite(score[:, protected:])
-    chosen = (descending_rank(free) < keep).to(torch.float32)
-    place = rank_among(chosen) * chosen - (1 - chosen)
-    index = torch.arange(protected, score.shape[1], device=score.device, dtype=torch.float32)
-    best = place_by_rank(place, keep, index.expand(score.shape[0], -1)).to(torch.int64)
+    chosen = (descending_rank(free[:, :, None]) < keep).to(torch.float32)
+    index = torch.arange(protected, score.shape[1], device=score.device, dtype=torch.float32)[None, :, None]
+    best = place_by_rank(rank_among(chosen), keep, index).to(torch.int64)
     return torch.cat([torch.arange(protected, device=score.device).expand(score.shape[0], -1), best], dim=1)
 
 
