@@ -3,6 +3,7 @@ with maps, tokens in the order of the sequence, no caches: every new token runs 
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -45,9 +46,14 @@ def llava() -> Any:
 
 
 def greedy(model: Any, pixels: Tensor, before: list[int], after: list[int], count: int, new: int, **more: Any) -> list[int]:
-    """What the model itself generates."""
+    """What the model itself generates, told of its tokens what the model's processor would say."""
     ids = torch.tensor([[*before, *[IMAGE] * count, *after]])
     model.generation_config.eos_token_id = None
+    takes, marks = inspect.signature(model.forward).parameters, (ids == IMAGE).long()
+    if "mm_token_type_ids" in takes:
+        more["mm_token_type_ids"] = marks
+    elif "token_type_ids" in takes:
+        more["token_type_ids"] = marks if "Gemma3" in type(model).__name__ else torch.zeros_like(ids)
     with torch.no_grad():
         made = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=new, do_sample=False, **more

@@ -90,6 +90,7 @@ def export(
         if component.sites:
             screen.show(tables.sites(component))
         screen.show(tables.cost(component))
+    screen.show(*tables.caches(manifest))
     screen.show(tables.ladder(manifest.verification), tables.artifacts(bundle))
     screen.show(*tables.notes(manifest))
     for artifact in manifest.targets:

@@ -207,6 +207,7 @@ def _bundle(folder: Path, screen: Screen) -> Result:
         if component.sites:
             screen.show(tables.sites(component))
         screen.show(tables.cost(component))
+    screen.show(*tables.caches(manifest))
     screen.show(tables.artifacts(bundle), tables.ladder(manifest.verification), *tables.notes(manifest))
     commands = _commands(bundle)
     for label, command in commands.items():

@@ -31,6 +31,19 @@ def cost(component: Component) -> str:
     return f"{component.role}: {flops(before)} before, {flops(after)} after compression{change}"
 
 
+def caches(manifest: Manifest) -> list[Table]:
+    """The cache of every decoder layer of a pipeline; nothing for a bundle without one."""
+    pipeline = manifest.pipeline
+    if pipeline is None:
+        return []
+    columns = ("media", "after prefill", "slots", "bytes")
+    made = table("caches: tokens", "layer", *columns, right=columns)
+    for i, layer in enumerate(pipeline.caches):
+        row(made, i, layer.media, layer.tokens, layer.slots, size(layer.bytes))
+    row(made, "all", None, None, None, size(pipeline.cache_bytes))
+    return [made]
+
+
 def ladder(rungs: Sequence[Rung], title: str = "verification") -> Table:
     """The rungs of a ladder, each with the worst error of its outputs."""
     numbers = ("max abs", "relative", "SQNR dB", "cosine", "top-1", "kept", "allowed")

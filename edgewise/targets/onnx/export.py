@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir
@@ -145,8 +145,27 @@ def _sort_stable(
     return values, indices
 
 
-# ONNX for those ATen ops that torch's exporter has no rule for.
-_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.sort.stable: _sort_stable, **loops.TRANSLATIONS}
+def _conv3d(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Any:
+    # The rule of torch's exporter gives a convolution without bias one of a wrong shape.
+    strides, pads, dilations = (list(given) * (3 // len(given)) for given in (stride, padding, dilation))
+    operands = (input, weight) if bias is None else (input, weight, bias)
+    return opset20.Conv(*operands, strides=strides, pads=pads * 2, dilations=dilations, group=groups)
+
+
+# ONNX for those ATen ops that torch's exporter has no rule for, or a wrong one.
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.sort.stable: _sort_stable,
+    torch.ops.aten.conv3d.default: _conv3d,
+    **loops.TRANSLATIONS,
+}
 
 
 def _reason(error: BaseException) -> str:

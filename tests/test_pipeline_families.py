@@ -1,0 +1,100 @@
+"""Vision-language models of many families: how each joins image and text is learned, and no family is named in the package.
+
+`benchmarks/vlm_families.py` exports all of them to both runtimes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from vlm_families import FAMILIES, make, noise
+from vlm_reference import IMAGE, greedy
+
+import edgewise
+from edgewise.errors import InputError, Refused
+from edgewise.exporter.capture import capture
+from edgewise.exporter.pipeline.export import placeholder_of
+from edgewise.exporter.pipeline.seam import learn
+from edgewise.exporter.pipeline.vision_language import VisionEncoder
+
+RULES = {"gemma3": "media", "paligemma": "prompt"}
+ROWS = {"qwen2-vl": 3, "qwen2.5-vl": 3}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_seam_is_learned(name: str) -> None:
+    model, example = make(name)
+    pixels = example.pop("pixel_values")
+    assert placeholder_of(model) == IMAGE
+    seam, rung = learn(model, pixels, example, IMAGE, 12, 0)
+    assert rung.passed and seam.rule == RULES.get(name, "causal") and len(seam.offsets) == ROWS.get(name, 1)
+    assert seam.dense == (name not in ROWS)
+
+
+@pytest.mark.parametrize("name", ["llava-next", "smolvlm", "qwen2.5-vl"])
+def test_what_does_not_depend_on_the_image_is_settled(name: str) -> None:
+    """Tiles, padding images and windows: the captured graph is static, and right for another image."""
+    model, example = make(name)
+    pixels = example.pop("pixel_values")
+    program = capture(VisionEncoder(model, example), (pixels,))
+    other = noise(*pixels.shape, seed=9)
+    with torch.no_grad():
+        wanted = VisionEncoder(model, example)(other)["visual"]
+        torch.testing.assert_close(program.module()(other)["visual"], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "target"), [("qwen2-vl", "onnxruntime"), ("paligemma", "openvino")])
+def test_what_a_bundle_generates(name: str, target: str, tmp_path: Path) -> None:
+    model, example = make(name)
+    bundle = edgewise.export(
+        model, tmp_path / "b", example=example, targets=[target], prompt_tokens=10, new_tokens=32, cache=False
+    )
+    pipeline = bundle.manifest.pipeline
+    assert pipeline is not None
+    pixels = noise(*example.pop("pixel_values").shape, seed=5)
+    with edgewise.load(bundle) as loaded:
+        for before, after in (([1, 5, 6], [7, 8, 9]), ([], [4])):
+            made = loaded.generate(input_ids=[*before, IMAGE, *after], image=pixels.numpy())
+            assert made.ids == greedy(model, pixels, before, after, pipeline.media_tokens, 32, **example)
+            assert len(set(made.ids)) > 8
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "message"),
+    [
+        ("llava", "pyramiddrop@decoder.block[2]:keep=4", "use fastv"),
+        ("llava", "fastv@decoder.block[2]:keep=4,span=0:64", "leave span out"),
+        ("qwen2-vl", "visionzip:keep=4,context=1", "a place in height and width"),
+    ],
+)
+def test_compression_that_a_pipeline_cannot_carry(name: str, spec: str, message: str, tmp_path: Path) -> None:
+    model, example = make(name)
+    with pytest.raises((InputError, Refused), match=message):
+        edgewise.export(model, tmp_path / "b", example=example, compress=spec, prompt_tokens=10, new_tokens=4)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """Its decoder gets more of the image than tokens: the components, joined, cannot give the same."""
+    model, example = make("llava")
+
+    class More(nn.Module):
+        def __init__(self, head: nn.Module) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x) * (1 + x.shape[1] / 100)
+
+    # Depends on how the prompt is cut into runs of the decoder, as the components do it otherwise.
+    model.model.language_model.norm = More(model.model.language_model.norm)
+    with pytest.raises(InputError, match="cannot be split"):
+        edgewise.export(model, tmp_path / "b", example=example, prompt_tokens=10, new_tokens=4)
+
+
+def test_options_of_pipelines_are_for_pipelines(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="prompt-tokens"):
+        edgewise.export(nn.Linear(2, 2), tmp_path / "b", example=(torch.ones(1, 2),), prompt_tokens=4)
