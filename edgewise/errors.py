@@ -52,6 +52,8 @@ _EXTRAS = {
     "yaml": "export",
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
+    "av": "calibration",
+    "nncf": "calibration",
 }
 
 

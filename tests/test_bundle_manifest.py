@@ -28,7 +28,7 @@ def test_dump_and_parse_are_inverse_and_deterministic() -> None:
     assert parse(data, "manifest.json") == manifest()
     assert dump(parse(data, "manifest.json")) == data
     assert data.endswith(b"}\n")
-    assert data.startswith(b'{\n "components"')
+    assert data.startswith(b'{\n "calibration"')
 
 
 def test_a_component_is_found_by_its_role() -> None:
@@ -58,7 +58,7 @@ def test_a_manifest_of_an_older_version_is_read() -> None:
         (b'{"format": "edgewise-bundle", "schema_version": true}', "schema_version True"),
         (b'{"format": "edgewise-bundle", "schema_version": 0}', "Export the model again"),
         (b'{"format": "edgewise-bundle", "schema_version": 1.5}', "Export the model again"),
-        (b'{"format": "edgewise-bundle", "schema_version": 4}', "reads 1 to 3. Upgrade edgewise"),
+        (b'{"format": "edgewise-bundle", "schema_version": 5}', "reads 1 to 4. Upgrade edgewise"),
         (b'{"format": "edgewise-bundle", "schema_version": 1}', "does not fit"),
         (b'{"a": 1, "a": 2}', "key 'a' is there more than once"),
         (b'{"a": NaN}', "NaN is not JSON"),

@@ -306,8 +306,8 @@ def test_bad_data(cli: Cli, digits: Path, tmp_path: Path) -> None:
     pixels = np.zeros((3, 1, 56, 56), np.float32)
     good = {"pixel_values": pixels, "labels": np.zeros(3, np.int64)}
     for change, words in (
-        ({"labels": None}, ["has no array 'labels'"]),
-        ({"labels": np.zeros(2, np.int64)}, ["there are 2 labels"]),
+        ({"labels": None}, ["has no labels", "'labels'"]),
+        ({"labels": np.zeros(2, np.int64)}, ["different numbers of samples", "'labels': 2"]),
         ({"labels": np.zeros(3)}, ["whole numbers"]),
         ({"pixel_values": None}, ["no array for the input 'pixel_values'"]),
         ({"pixel_values": pixels[..., :8]}, ["takes (1, 56, 56)"]),
@@ -320,7 +320,7 @@ def test_bad_data(cli: Cli, digits: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", labels=np.array([{"an": "object"}], dtype=object))
     cli("verify", digits, "--data", tmp_path / "data.npz").refused("cannot read")
     cli("verify", digits, "--data", "demo:digit").refused("did you mean 'digits'")
-    cli("verify", digits, "--data", tmp_path).refused("is a folder")
+    cli("verify", digits, "--data", tmp_path).refused("holds no image files")
 
 
 @pytest.mark.parametrize(

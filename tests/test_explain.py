@@ -25,7 +25,8 @@ from edgewise.passes.program import Program, compress
 
 Image = pytest.importorskip("PIL.Image")
 
-from edgewise.exporter import draw, media  # noqa: E402
+from edgewise.calibration import media  # noqa: E402
+from edgewise.exporter import draw  # noqa: E402
 
 
 class Patches(nn.Module):

@@ -24,15 +24,19 @@ ALLOWED = {
     "passes": {"ops", "errors"},
     "demos": {"errors"},
     "bundle": {"errors", "schema", "document", "verify"},
-    "verify": {"errors", "schema", "bundle", "targets", "demos"},
+    "verify": {"errors", "schema", "bundle", "targets", "demos", "calibration"},
     "targets": {"errors", "schema", "bundle", "passes", "ops"},
     "bench": {"errors", "schema", "document", "bundle", "verify", "targets", "version"},
     "runtime": {"errors", "bundle", "targets"},
-    "exporter": {"errors", "schema", "version", "bundle", "verify", "targets", "passes", "ops", "demos", "runtime"},
+    "calibration": {"errors", "demos", "runtime", "passes", "ops"},
+    "exporter": {
+        *("errors", "schema", "version", "bundle", "verify", "targets", "passes", "ops", "demos", "runtime"),
+        "calibration",
+    },
     "builder": {"errors", "schema", "document", "version", "bundle", "verify", "targets", "bench", "demos", "exporter"},
     "cli": {
         *("errors", "version", "bundle", "verify", "targets", "bench", "runtime", "demos"),
-        *("exporter", "builder", "passes", "ops"),
+        *("calibration", "exporter", "builder", "passes", "ops"),
     },
 }
 """What makes artifacts (`lower`, `lint`) may look at passes and ops; what runs them may not, which the tests below see."""

@@ -17,7 +17,7 @@ from edgewise.exporter.matrix import Entry
 from edgewise.exporter.recipe import Gates, Regressions
 from edgewise.schema import Strict
 from edgewise.verify.bundle import SAME_CHOICES
-from edgewise.verify.data import Data, accuracy, load_data
+from edgewise.verify.data import accuracy
 
 Tell = Callable[[str], None]
 
@@ -55,7 +55,6 @@ def measure(
     """
     say = tell or (lambda text: None)
     bundles = {entry.name: Bundle.open(out / entry.name) for entry in entries}
-    data: dict[str, Data] = {}
     scores: dict[tuple[str, str, int | None], dict[str, float] | str] = {}
 
     def score(name: str, gates: Gates) -> dict[str, float] | str:
@@ -69,10 +68,8 @@ def measure(
                 scores[key] = earlier
                 return earlier
             say(f"{name}: accuracy on {source}")
-            if source not in data:
-                data[source] = load_data(source, labels=True)
             try:
-                found = accuracy(bundles[name], data[source], threads=gates.threads)
+                found = accuracy(bundles[name], source, threads=gates.threads)
             except MissingExtra as missing:
                 scores[key] = str(missing)
             else:

@@ -20,9 +20,9 @@ from edgewise.schema import Strict
 from edgewise.verify.ladder import Rung
 
 FORMAT = "edgewise-bundle"
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """Goes up with every new key, as older readers refuse keys that they do not know. All lower versions are read: new keys have
-defaults. 2: `notes`. 3: `pipeline`."""
+defaults. 2: `notes`. 3: `pipeline`. 4: `calibration`, `quantisation`."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -102,6 +102,38 @@ class Component(Strict):
     flops_after: Count
 
 
+class Floating(Strict):
+    """A layer that accuracy control left in floating point: signal to noise of the outputs in dB where it alone is quantised (None:
+    they are exact), and the bytes that quantising it would save."""
+
+    layer: str
+    sqnr_db: float | None
+    bytes: Count
+
+
+class Quantisation(Strict):
+    """How an artifact was quantised: the number of its layers, those that were `skipped` as asked, and what accuracy control did
+    (`metric` None: there was none). `unquantised`, `all_quantised` and `result` are the metric on `held_out` samples of the
+    artifact before, with every layer quantised, and as it is."""
+
+    layers: Count
+    skipped: tuple[str, ...] = ()
+    floating: tuple[Floating, ...] = ()
+    metric: str | None = None
+    held_out: Count = 0
+    unquantised: float | None = None
+    all_quantised: float | None = None
+    result: float | None = None
+
+
+class Calibration(Strict):
+    """The data of the statistics: its name, the number of samples, and their SHA-256."""
+
+    data: str
+    samples: Count
+    digest: Digest
+
+
 class Artifact(Strict):
     """What one target made of one component, with the versions of the tools that made it."""
 
@@ -112,6 +144,7 @@ class Artifact(Strict):
     versions: dict[str, str] = {}
     warnings: tuple[str, ...] = ()
     threads: Annotated[int, Field(ge=1)] | None = None
+    quantisation: Quantisation | None = None
 
     @field_validator("files")
     @classmethod
@@ -139,7 +172,7 @@ class Manifest(Strict):
     """
 
     format: Literal["edgewise-bundle"] = "edgewise-bundle"
-    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3, 4] = SCHEMA_VERSION
     edgewise_version: str
     model: ModelInfo
     compress: tuple[str, ...] = ()
@@ -149,6 +182,7 @@ class Manifest(Strict):
     targets: tuple[Artifact, ...] = ()
     verification: tuple[Rung, ...] = ()
     notes: tuple[str, ...] = ()
+    calibration: Calibration | None = None
     golden: dict[str, str] = {}
     seed: int = 0
     recipe: str = "recipe.yaml"

@@ -10,7 +10,6 @@ import typer
 from edgewise.cli import options
 from edgewise.cli.screen import Result, Screen, number, row, table
 from edgewise.errors import InputError
-from edgewise.verify.data import load_data
 
 if TYPE_CHECKING:
     from edgewise.exporter.compare import Comparison
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 def compare(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"{options.MODEL_HELP}.")],
     calib: Annotated[
-        str | None, typer.Option("--calib", metavar="DATA", help="demo:NAME, or an .npz of inputs and labels. Required.")
+        str | None, typer.Option("--calib", metavar="DATA", help=f"Required. {options.DATA_HELP}.")
     ] = None,
     keep: Annotated[
         str, typer.Option("--keep", metavar="K,K,...", help="Shares or counts of the unprotected tokens that stay.")
@@ -50,8 +49,9 @@ def compare(
     if calib is None:
         raise InputError("no data: give --calib demo:NAME or --calib FILE.npz (see edgewise compare --help)")
     from edgewise.exporter import compare_report
-    from edgewise.exporter.compare import Data, choose_target, parse_keeps, parse_methods
+    from edgewise.exporter.compare import choose_target, parse_keeps, parse_methods
     from edgewise.exporter.compare import compare as run
+    from edgewise.exporter.data import check_named
     from edgewise.exporter.sources import load_source, parse_shapes
 
     # All that can be wrong is said before the model is loaded.
@@ -60,9 +60,7 @@ def compare(
     chosen = choose_target(target) if target is not None or not no_latency else None
     if out is not None:
         compare_report.check(out)
-    loaded = load_data(calib, labels=False)
-    arrays = dict(loaded.inputs)
-    labels = arrays.pop("labels", None) if loaded.labels is None else loaded.labels
+    check_named(calib)
     with screen.progress() as step:
         step(0, 0, "load the model")
         source = load_source(
@@ -75,7 +73,7 @@ def compare(
         )
         found = run(
             source,
-            Data(calib, arrays, labels),
+            calib,
             keeps,
             method or (),
             samples=samples,

@@ -30,7 +30,23 @@ def export(
         typer.Option("--device", metavar="DEVICE", help="Build for this device ahead of time: sm86, sm89, sm120, ... Repeatable."),
     ] = None,
     calib: Annotated[
-        str | None, typer.Option("--calib", metavar="SRC", help="Calibration data, for precisions that need some.")
+        str | None,
+        typer.Option("--calib", metavar="SRC", help=f"Calibration data, for precisions that need some. {options.DATA_HELP}"),
+    ] = None,
+    calib_samples: Annotated[
+        int | None, typer.Option("--calib-samples", metavar="N", min=1, help="Most samples of the statistics. Default: 128.")
+    ] = None,
+    skip_quant: Annotated[
+        list[str] | None,
+        typer.Option("--skip-quant", metavar="PATTERN", help="Leave layers of this name in floating point: '*.fc2'. Repeatable."),
+    ] = None,
+    max_drop: Annotated[
+        str | None,
+        typer.Option(
+            "--max-drop",
+            metavar="D",
+            help="Leave layers in floating point, the most sensitive first, until quantisation costs at most this accuracy: 1%.",
+        ),
     ] = None,
     recipe: Annotated[
         Path | None,
@@ -73,7 +89,10 @@ def export(
             targets=target or defaults.targets,
             compress=compress or defaults.compress,
             precision=precision or defaults.precision,
-            calibration=calib,
+            calibration=calib or defaults.calib,
+            calibration_samples=calib_samples or defaults.calib_samples,
+            skip_quant=skip_quant or defaults.skip_quant,
+            max_drop=defaults.max_drop if max_drop is None else max_drop,
             devices=device or defaults.devices,
             input_shapes=parse_shapes(input_shapes) if input_shapes else defaults.input_shapes,
             batch=defaults.batch if batch is None else batch,
@@ -92,7 +111,7 @@ def export(
         screen.show(tables.cost(component))
     screen.show(*tables.caches(manifest))
     screen.show(tables.ladder(manifest.verification), tables.artifacts(bundle))
-    screen.show(*tables.notes(manifest))
+    screen.show(*tables.quantised(bundle), *tables.notes(manifest))
     for artifact in manifest.targets:
         for warning in artifact.warnings:
             screen.say(f"warning: {artifact.label}: {warning}")

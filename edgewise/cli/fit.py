@@ -10,7 +10,6 @@ import typer
 from edgewise.cli import options
 from edgewise.cli.screen import Result, Screen, number, row, table
 from edgewise.errors import InputError
-from edgewise.verify.data import load_data
 
 
 def fit(
@@ -21,7 +20,7 @@ def fit(
     compress: options.Compress = None,
     calib: Annotated[
         str | None,
-        typer.Option("--calib", metavar="DATA", help="demo:NAME, or an .npz or .safetensors of inputs. Required."),
+        typer.Option("--calib", metavar="DATA", help=f"Required. {options.DATA_HELP}."),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", metavar="N", help="Most samples of the data.")] = 256,
     steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of 16 samples.")] = 400,
@@ -48,12 +47,13 @@ def fit(
     from edgewise.exporter import fit as fitting
     from edgewise.exporter.capture import capture, from_exported
     from edgewise.exporter.compare import Data
+    from edgewise.exporter.data import check_named, collected
     from edgewise.exporter.sources import load_source, parse_shapes
 
     # All that can be wrong is said before the model is loaded.
     fitting.check_place(out)
     wanted, specs = fitting.find_spec(compress or [])
-    data = load_data(calib, labels=False)
+    check_named(calib)
     with screen.progress() as step:
         step(0, 0, "load the model")
         source = load_source(
@@ -70,10 +70,11 @@ def fit(
             if source.exported is not None
             else capture(source.module, source.args, source.kwargs)  # type: ignore[arg-type]
         )
+        chosen, arrays = collected(calib, program, source, samples)
         fitted = fitting.fit(
             program,
             compress or [],
-            Data(calib, data.inputs),
+            Data(calib, arrays),
             samples=samples,
             steps=steps,
             seconds=seconds,
@@ -88,6 +89,7 @@ def fit(
     flags = " ".join(f"--compress '{text}'" for text in texts)
     screen.show(
         made,
+        *(f"note: {note}" for note in chosen.notes),
         f"fitted on {record.samples} other samples in {record.steps} steps; wrote {out}; "
         f"next: edgewise export {model} {flags} -o BUNDLE",
     )

@@ -38,4 +38,8 @@ WeightsOnly = Annotated[
     bool,
     typer.Option("--weights-only", help="Accept pickled weights, read with torch's restricted unpickler."),
 ]
+DATA_HELP = (
+    "demo:NAME; a folder of images, recordings or videos, or of one such folder for each class; a .csv, .tsv or .jsonl with a "
+    "column file and one of label or text; an .npz or .safetensors"
+)
 MODEL_HELP = "A Hugging Face id or local folder, py:package.module:factory, a .pt2 file, or demo:NAME"

@@ -91,7 +91,7 @@ def run(
         raise InputError(f"-o {out}: outputs are written as .npz")
     if bundle.suffix == _PACKAGE:
         session, role = _package(bundle, target, role, threads)
-        feeds = load_data(inputs, labels=False).inputs
+        feeds = load_data(inputs).inputs
     else:
         opened = Bundle.open(bundle)
         role = role or opened.manifest.components[0].role

@@ -76,6 +76,33 @@ def artifacts(bundle: Bundle) -> Table:
     return made
 
 
+def quantised(bundle: Bundle) -> list[Table | str]:
+    """What accuracy control left in floating point, and what that costs; what quantisation is of each artifact."""
+    shown: list[Table | str] = []
+    for artifact in bundle.manifest.targets:
+        record = artifact.quantisation
+        if record is None:
+            continue
+        count = record.layers - len(record.skipped) - len(record.floating)
+        left = f", {len(record.skipped)} left out as asked" if record.skipped else ""
+        line = f"{artifact.label}: {count} of {record.layers} layers quantised{left}"
+        if record.metric is not None:
+            line += (
+                f"; {record.metric} on {record.held_out} held-out samples: {record.unquantised:.2%} before, "
+                f"{record.all_quantised:.2%} with every layer, {record.result:.2%} as it is"
+            )
+        shown.append(line)
+        if record.floating:
+            made = table(
+                f"{artifact.label}: layers in floating point", "layer", "SQNR dB if quantised", "costs",
+                right=("SQNR dB if quantised", "costs"),
+            )  # fmt: skip
+            for one in record.floating:
+                row(made, one.layer, number(one.sqnr_db, ".1f"), size(one.bytes))
+            shown.append(made)
+    return shown
+
+
 def notes(manifest: Manifest) -> list[str]:
     """One line for each note: on the export, and on the checks that passed with one."""
     checked = [rung.note for rung in manifest.verification if rung.passed and rung.note]

@@ -9,7 +9,7 @@ import typer
 from edgewise.cli import options, tables
 from edgewise.cli.screen import Result, Screen, row, table
 from edgewise.cli.spoken import is_speech, word_error_rates
-from edgewise.verify.data import accuracy, load_data
+from edgewise.verify.data import accuracy
 
 
 def verify(
@@ -20,8 +20,8 @@ def verify(
         typer.Option(
             "--data",
             metavar="SRC",
-            help="demo:NAME, or an .npz of inputs and `labels`: measure accuracy. Of a speech model a table (.tsv, .csv) with the "
-            "columns `file` and `text`: measure the word error rate.",
+            help=f"Measure accuracy on labelled data: {options.DATA_HELP}. Of a speech model a table (.tsv, .csv) with the columns "
+            "`file` and `text`: measure the word error rate.",
         ),
     ] = None,
     threads: options.Threads = None,
@@ -36,17 +36,16 @@ def verify(
     screen = Screen(json, quiet)
     opened = Bundle.open(bundle)
     spoken = data is not None and is_speech(opened)
-    labelled = None if data is None or spoken else load_data(data, labels=True)
     with screen.progress() as step:
         rungs = verify_bundle(
             opened, target or None, threads=threads, progress=lambda label: step(0, 0, f"run {label}")
         )
     screen.show(tables.ladder(rungs))
     scores: list[dict[str, Any]] = []
-    if labelled is not None:
-        scores = accuracy(opened, labelled, target or None, threads, screen.counter)
+    if data is not None and not spoken:
+        scores = accuracy(opened, data, target or None, threads, screen.counter, screen.say)
         numbers = ("samples", "correct", "top-1")
-        made = table(f"accuracy on {labelled.name}", "artifact", *numbers, right=numbers)
+        made = table(f"accuracy on {data}", "artifact", *numbers, right=numbers)
         for score in scores:
             row(made, score["artifact"], score["samples"], score["correct"], f"{score['top1']:.2%}")
         screen.show(made)
@@ -72,7 +71,7 @@ def verify(
             "bundle": str(bundle),
             "passed": not failed,
             "verification": [rung.model_dump(mode="json") for rung in rungs],
-            "accuracy": scores if labelled is not None else None,
+            "accuracy": scores if data is not None and not spoken else None,
             "wer": rates if spoken else None,
         },
         1 if failed else 0,

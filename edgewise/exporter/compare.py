@@ -21,6 +21,7 @@ from edgewise import targets as target_registry
 from edgewise.errors import CheckFailed, InputError, MissingExtra, Refused
 from edgewise.exporter import smaller_input as smaller
 from edgewise.exporter.capture import capture, from_exported, quiet
+from edgewise.exporter.data import collected
 from edgewise.exporter.run import Runner
 from edgewise.exporter.sources import Source
 from edgewise.ops import METHODS
@@ -174,7 +175,7 @@ def choose_target(name: str | None) -> Target:
 
 def compare(
     source: Source,
-    data: Data,
+    data: Data | str,
     keeps: Sequence[float | int],
     methods: Sequence[str] = (),
     *,
@@ -182,7 +183,9 @@ def compare(
     target: Target | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare methods (default: all) on a model, at the counts that `keeps` gives. `target` None: no latency.
+    """Compare methods (default: all) on a model, at the counts that `keeps` gives. `target` None: no latency. `data`: arrays,
+    or what
+    `edgewise.calibration.open_source` takes by name.
 
     A method that does not apply is left out with its reason. Raises InputError for a bad count, or data that does not fit.
     """
@@ -192,6 +195,10 @@ def compare(
         from_exported(source.exported) if source.exported is not None
         else capture(source.module, source.args, source.kwargs)  # type: ignore[arg-type]
     )
+    notes: tuple[str, ...] = ()
+    if isinstance(data, str):
+        chosen, arrays = collected(data, program, source, samples)
+        data, notes = Data(data, arrays, chosen.labels), chosen.notes
     stream = _stream(program)
     counts = [_count(keep, stream) for keep in keeps]
     feeds = Feeds(program, data, samples)
@@ -237,7 +244,7 @@ def compare(
     return Comparison(
         source.name, data.name, feeds.count, feeds.labels is not None, output, stream.name, stream.tokens,
         stream.protected, None if target is None else target.name, tuple(rows), tuple(left),
-        (*source.notes, *program.notes),
+        (*source.notes, *program.notes, *notes),
     )
 
 

@@ -32,8 +32,8 @@ from edgewise.passes.program import Program, compress
 from edgewise.passes.step import reduced
 
 if TYPE_CHECKING:
+    from edgewise.calibration.media import Kind, Media
     from edgewise.exporter.draw import Group, Panel
-    from edgewise.exporter.media import Kind, Media
 
 FILE = "explain.json"
 OVERVIEW = "overview.png"
@@ -294,7 +294,7 @@ def _program(source: Source, specs: Sequence[str]) -> Program:
 
 def _media(program: Program, source: Source, asked: Asked) -> tuple[str, Media]:
     """The input's name, and what to feed."""
-    from edgewise.exporter import media
+    from edgewise.calibration import media
 
     inputs = {n: tuple(t.shape) for n, t in program.inputs.items() if t.is_floating_point() and n not in program.added}
     kinds = {n: media.kind_of(shape) for n, shape in inputs.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,10 +18,12 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from edgewise import targets as target_registry
-from edgewise.bundle.manifest import Artifact, Component, Manifest, ModelInfo, TensorInfo
+from edgewise.bundle.manifest import Artifact, Calibration, Component, Manifest, ModelInfo, TensorInfo
 from edgewise.bundle.manifest import Site as ManifestSite
 from edgewise.bundle.reader import Bundle
 from edgewise.bundle.writer import write_bundle
+from edgewise.calibration.control import parse_drop
+from edgewise.calibration.samples import DEFAULT_SAMPLES
 from edgewise.errors import CheckFailed, InputError
 from edgewise.exporter.cache import Cache
 from edgewise.exporter.capture import capture, evaluating, from_exported, quiet
@@ -28,6 +31,8 @@ from edgewise.exporter.choices import choices_of
 from edgewise.exporter.digest import Weights, artifact_key
 from edgewise.exporter.half import rounded
 from edgewise.exporter.identity import code_digest
+from edgewise.exporter.quantise import Data, Wish, gather, quantise
+from edgewise.exporter.quantise import check as check_wish
 from edgewise.exporter.recipe import Recipe
 from edgewise.exporter.report import write_report
 from edgewise.exporter.run import Outputs, Runner, as_array
@@ -78,12 +83,28 @@ class Job:
     cache: Cache | None = None
     weights: Weights = field(default_factory=Weights)
     rungs: list[Rung] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    wish: Wish = field(default_factory=Wish)
     done: int = 0
 
     def step(self, text: str) -> None:
+        self.tell(text)
+        self.done += 1
+
+    def tell(self, text: str) -> None:
+        """Say what is done now, within a step."""
         if self.progress is not None:
             self.progress(self.done, 5 + len(self.chosen), text)
-        self.done += 1
+
+    @property
+    def halves(self) -> bool:
+        """Whether weights are rounded to half precision: what a quantised artifact does not quantise is stored in it, too."""
+        precision = self.recipe.precision
+        return precision == "fp16" or any(precision in target.quantises for target in self.chosen)
+
+    def lowered_precision(self, target: Target) -> str:
+        """What a program is lowered at; a quantised artifact is made of the lowered one."""
+        return "fp32" if self.recipe.precision in target.quantises else self.recipe.precision
 
     def judge(self, *args: Any, **kwargs: Any) -> None:
         """Compare, and add the rung."""
@@ -110,6 +131,9 @@ def export(
     compress: str | Sequence[str] | None = None,
     precision: str = "fp32",
     calibration: Any = None,
+    calibration_samples: int = DEFAULT_SAMPLES,
+    skip_quant: Sequence[str] = (),
+    max_drop: str | float | None = None,
     devices: Sequence[str] = (),
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     batch: int = 1,
@@ -128,8 +152,13 @@ def export(
         out: the bundle's folder. A bundle that is there is replaced; anything else is left alone, and an error.
         example: example inputs of an `nn.Module`: a tuple of positional or a dict of keyword arguments.
         targets: names of targets. compress: one or more specs, such as `"tome:keep=0.5"`.
-        precision: one that every target has: `fp32`, `fp16` (weights stored in half precision), or quantised weights.
-        calibration: not used by any precision yet; giving it is an error.
+        precision: one that every target has: `fp32`, `fp16` (weights stored in half precision), `w8a8`, `w8a16`, `w4a16`.
+        calibration: data for precisions that need some, see `edgewise.calibration.open_source`. Default: a demo's own.
+        calibration_samples: the most samples that statistics are gathered of.
+        skip_quant: patterns (`*.fc2`) of the names of layers that stay in floating point.
+        max_drop: accuracy control, `"1%"` or 0.01: layers stay in floating point, the most sensitive first, until the accuracy on
+            labelled samples of `calibration` that the statistics did not see is at most so many points below that of the
+            artifact before it was quantised.
         devices: what to build for ahead of time, as far as the targets can: `sm86` for `tensorrt`.
         input_shapes, batch, trust_remote_code, weights_only: see `load_source`.
         prompt_tokens, new_tokens: of a generative model: the longest prompt besides the image, and the most tokens generated.
@@ -146,8 +175,8 @@ def export(
     for name, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
         if count is not None and count < 1:
             raise InputError(f"{name}={count}: give 1 or more")
-    if calibration is not None:
-        raise InputError(f"precision {precision} takes no calibration data: it has no statistics to gather")
+    drop = None if max_drop is None else parse_drop(max_drop)
+    wish = check_wish(Wish(calibration, calibration_samples, tuple(skip_quant), drop), precision, chosen, model)
     if isinstance(model, str) and example is not None:
         raise InputError("example inputs go with a module; for a named model give input_shapes")
     if progress is not None:
@@ -174,8 +203,12 @@ def export(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         seed=seed,
+        calib=str(wish.data) if isinstance(wish.data, (str, os.PathLike)) else None,
+        calib_samples=wish.samples,
+        skip_quant=wish.skip,
+        max_drop=drop,
     )
-    job = Job(recipe, source, chosen, progress, Cache() if cache else None, done=1)
+    job = Job(recipe, source, chosen, progress, Cache() if cache else None, wish=wish, done=1)
     # The place is checked by the writer before any work is done.
     return write_bundle(out, lambda folder: _whole(job, folder))
 
@@ -191,7 +224,7 @@ def _targets(names: Sequence[str], precision: str, devices: Sequence[str]) -> li
         if devices and target.ahead_of_time:
             target = target.for_devices(devices)
         target.check_precision(precision)
-        target.check()
+        target.check(precision=precision)
         chosen.append(target)
     return chosen
 
@@ -219,6 +252,11 @@ def _whole(job: Job, folder: Path) -> Manifest:
 
     for kind in (vision_language, speech):
         if kind.is_pipeline(job.source):
+            if job.wish.data is not None or job.wish.skip:
+                raise InputError(
+                    f"{job.source.class_name} becomes several components, which are not calibrated or quantised in part yet: give "
+                    "a precision without data, such as w8a16"
+                )
             return kind.build_pipeline(job, folder)
     if job.recipe.prompt_tokens or job.recipe.new_tokens:
         raise InputError(
@@ -248,17 +286,24 @@ def build_component(job: Job, folder: Path) -> tuple[Manifest, Program]:
         program = capture(source.module, source.args, source.kwargs)
     if source.role is not None:
         program = program.with_role(source.role)
+    with tempfile.TemporaryDirectory(prefix="edgewise-") as place:
+        return _make(job, program, folder, Path(place))
+
+
+def _make(job: Job, program: Program, folder: Path, place: Path) -> tuple[Manifest, Program]:
+    """Compress, lower, verify and quantise; `place` holds what is lowered to be quantised."""
     steps = {target.name: Legalise(target.realisations) for target in job.chosen}
     # Digests and runs take long and need little Python: they are done aside, while graphs are rewritten here.
     with ThreadPoolExecutor(1, "edgewise") as aside:
         digest = aside.submit(job.weights.of_program, program.base)
         job.step("compress")
         compressed = insert(program, *job.recipe.compress)
+        data = gather(job.wish, job.source, compressed)
         samples = _samples(job, compressed)
         running = aside.submit(_run_programs, compressed, steps, samples)
-        stored = rounded(compressed.exported) if job.recipe.precision == "fp16" else compressed.exported
+        stored = rounded(compressed.exported) if job.halves else compressed.exported
         weights_digest = digest.result()
-        lowered = _lower_all(job, compressed, stored, steps, folder)
+        lowered = _lower_all(job, compressed, stored, steps, folder, place)
         ran = running.result()
     for attempt in range(ATTEMPTS):
         job.step("verify" if not attempt else "verify with another input: a decision was a near tie")
@@ -271,9 +316,41 @@ def build_component(job: Job, folder: Path) -> tuple[Manifest, Program]:
         except NearTie:
             job.rungs.clear()
             job.done -= 1
+    artifacts = [_quantised(job, low, data, samples, folder) for low in lowered]
     job.step("write the bundle")
-    artifacts = [low.artifact for low in lowered]
-    return _manifest(job, compressed, weights_digest, samples, ran.base, wanted, artifacts, folder), compressed
+    return _manifest(job, compressed, weights_digest, samples, ran.base, wanted, artifacts, data, folder), compressed
+
+
+def _quantised(job: Job, low: Lowered, data: Data | None, samples: list[dict[str, Tensor]], folder: Path) -> Artifact:
+    """The artifact of a lowered one: itself, or what is quantised of it, judged against it."""
+    precision = job.recipe.precision
+    if low.artifact.precision == precision:
+        return low.artifact
+    place = folder / low.target.name
+    place.mkdir(parents=True, exist_ok=True)
+    files, record, notes = quantise(low.target, low.files, precision, job.wish, data, place, low.artifact.role, job.tell)
+    job.notes += notes
+    artifact = low.artifact.model_copy(
+        update={
+            "precision": precision,
+            "files": tuple(path.relative_to(folder).as_posix() for path in files),
+            "quantisation": record,
+            "versions": low.target.versions(precision=precision),
+            "warnings": tuple(low.target.check(precision=precision)),
+        }
+    )
+    before, after = (_outputs(low.target, files, samples) for files in (low.files, files))
+    job.rungs.append(judge(artifact.label, low.artifact.label, "quantisation", before, after))
+    if not all(errors.finite for errors in job.rungs[-1].outputs.values()):
+        raise CheckFailed(f"{artifact.label}: the quantised artifact gives values that are not finite. Nothing was written")
+    return artifact
+
+
+def _outputs(target: Target, files: Sequence[Path], samples: list[dict[str, Tensor]]) -> Outputs:
+    """What an artifact gives on the samples, stacked."""
+    with target.load(files) as session:
+        results = [session.run({k: as_array(v) for k, v in sample.items()}) for sample in samples]
+    return {k: np.stack([r[k] for r in results]) for k in results[0]}
 
 
 @dataclass(frozen=True)
@@ -316,22 +393,20 @@ def _verify(
     if program.steps:
         _judge_compression(job, base, wanted)
         _judge_realisations(job, runner)
-    if job.recipe.precision == "fp16":
+    if job.halves:
         half = Runner(stored, program.output_names)
         full = wanted
         wanted, others = _stack(half, samples)
         runner.margin = half.margin
         kept = [overlap(decisions[k], others[k]) for k in decisions]
         agree = sum(kept) / len(kept) if kept else None
-        note = "weights are stored in half precision; there is nothing to pass"
+        note = "weights are rounded to half precision; there is nothing to pass"
         job.rungs.append(judge("fp16 weights", "compressed", "precision", full, wanted, kept_overlap=agree, note=note))
     feeds = [{k: as_array(v) for k, v in sample.items()} for sample in samples]
-    against = "fp16 weights" if job.recipe.precision == "fp16" else "compressed"
+    against = "fp16 weights" if job.halves else "compressed"
     for low in lowered:
-        with low.target.load(low.files) as session:
-            results = [session.run(feed) for feed in feeds]
-        found = {k: np.stack([r[k] for r in results]) for k in results[0]}
-        label, tolerance = low.artifact.label, low.target.tolerance(job.recipe.precision)
+        found = _outputs(low.target, low.files, samples)
+        label, tolerance = low.artifact.label, low.target.tolerance(low.artifact.precision)
         try:
             job.judge(label, against, "lowering", wanted, found, threshold=tolerance.relative)
             continue
@@ -363,7 +438,7 @@ def _judge_alike(
     """Judge an artifact that keeps other tokens than torch against the program that keeps the same. `results`: what was wanted of
     it, and what it gave."""
     wanted, found = results
-    label, precision = low.artifact.label, job.recipe.precision
+    label, precision = low.artifact.label, low.artifact.precision
     with quiet():
         chosen = choices_of(stored, low.target, low.legalise, precision, list(program.inputs), program.output_names, feeds)
     runner = Runner(stored, program.output_names)
@@ -441,8 +516,9 @@ class Lowered:
 
 
 def _lower_all(
-    job: Job, program: Program, stored: ExportedProgram, steps: Mapping[str, Legalise], folder: Path
+    job: Job, program: Program, stored: ExportedProgram, steps: Mapping[str, Legalise], folder: Path, place: Path
 ) -> list[Lowered]:
+    """Lower to every target: into `folder`, or into `place` what is to be quantised."""
     lowered: list[Lowered] = []
     legalised: dict[str, ExportedProgram] = {}
     for target in job.chosen:
@@ -450,12 +526,14 @@ def _lower_all(
         key = repr(sorted(target.realisations.items()))
         if key not in legalised:
             legalised[key] = steps[target.name](stored).program
-        files = _lower(job, target, legalised[key], program, folder / target.name)
+        precision = job.lowered_precision(target)
+        root = folder if precision == job.recipe.precision else place
+        files = _lower(job, target, legalised[key], program, root / target.name, precision)
         artifact = Artifact(
             target=target.name,
             role=program.role,
-            precision=job.recipe.precision,
-            files=tuple(path.relative_to(folder).as_posix() for path in files),
+            precision=precision,
+            files=tuple(path.relative_to(root).as_posix() for path in files),
             versions=target.versions(),
             warnings=tuple(target.check()),
         )
@@ -463,9 +541,10 @@ def _lower_all(
     return lowered
 
 
-def _lower(job: Job, target: Target, legal: ExportedProgram, program: Program, folder: Path) -> list[Path]:
+def _lower(
+    job: Job, target: Target, legal: ExportedProgram, program: Program, folder: Path, precision: str
+) -> list[Path]:
     names = list(program.inputs)
-    precision = job.recipe.precision
 
     def make(place: Path) -> list[Path]:
         place.mkdir(parents=True, exist_ok=True)
@@ -584,6 +663,7 @@ def _manifest(
     base: Outputs,
     wanted: Outputs,
     artifacts: list[Artifact],
+    data: Data | None,
     folder: Path,
 ) -> Manifest:
     golden = {f"input.{k}": np.stack([as_array(s[k]) for s in samples]) for k in program.inputs}
@@ -628,9 +708,14 @@ def _manifest(
         preprocessing=job.source.preprocessing,
         targets=tuple(artifacts),
         verification=tuple(job.rungs),
+        calibration=None
+        if data is None
+        else Calibration(data=data.samples.source.name, samples=data.samples.count, digest=data.samples.digest),
         notes=(
             *job.source.notes,
             *program.notes,
+            *(data.notes if data is not None else ()),
+            *job.notes,
             *(step.fitted.note(weights_digest) for step in program.steps if step.fitted is not None),
         ),
         golden={program.role: f"golden/{program.role}.safetensors"},

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
@@ -160,6 +160,42 @@ class Session(ABC):
         self.close()
 
 
+class Feeds(Protocol):
+    """Inputs of a component by name, one batch after the other; they can be gone through several times."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+
+
+class Quantiser(ABC):
+    """A lowered artifact whose layers can be quantised, all of them or some."""
+
+    layers: tuple[str, ...]
+    """Names of the layers (see `edgewise.passes.layers`), in the order of the graph. Nothing else is ever quantised."""
+    notes: tuple[str, ...] = ()
+    """What was odd about the data."""
+
+    @abstractmethod
+    def write(self, folder: Path, stem: str, floating: Collection[str] = ()) -> list[Path]:
+        """Write the artifact, as `Target.lower` does, with the layers `floating` left in floating point. May be called again with
+        others; the statistics are gathered once. The same layers give the same bytes."""
+
+
+LAYER = "layer/"
+"""In front of the name of a node that computes a layer, in artifacts that can be quantised."""
+
+
+def layer_name(layer: str, number: int) -> str:
+    """The name of the node that computes a layer; of the second, third, ... one with the same weights."""
+    return LAYER + layer + (f"#{number}" if number > 1 else "")
+
+
+def layer_of(node_name: str) -> str | None:
+    """The layer that a node computes, by the node's name; None: none."""
+    return node_name.removeprefix(LAYER).partition("#")[0] if node_name.startswith(LAYER) else None
+
+
 class Target(ABC):
     """A place where programs run: what it needs, what it can do, how to lower to it and how to run on it."""
 
@@ -170,23 +206,30 @@ class Target(ABC):
     precisions: ClassVar[tuple[str, ...]]
     # For every compression op, the realisations that the target can run, fastest first.
     realisations: ClassVar[dict[str, tuple[str, ...]]]
+    quantises: ClassVar[tuple[str, ...]] = ()
+    """Those precisions that are made of the lowered artifact (`quantiser`), and not by `lower`."""
+    quantiser_requirements: ClassVar[tuple[Requirement, ...]] = ()
+    """Packages that `quantiser` needs besides the others."""
     ahead_of_time: ClassVar[bool] = False
     """Whether it can build for a device that is not there (`for_devices`)."""
 
-    def check(self, *, runtime_only: bool = False) -> list[str]:
+    def check(self, *, runtime_only: bool = False, precision: str | None = None) -> list[str]:
         """Warnings about packages whose version was not tested.
 
         Raises `MissingExtra`, which says what to install, if a package is absent or too old. `runtime_only`
-        leaves out what is needed to make artifacts and not to run them. Nothing is imported.
+        leaves out what is needed to make artifacts and not to run them. `precision`: with what it needs to quantise to
+        this one. Nothing is imported.
         """
-        return [warning for one in self._needs(runtime_only) if (warning := one.check()) is not None]
+        return [warning for one in self._needs(runtime_only, precision) if (warning := one.check()) is not None]
 
-    def versions(self, *, runtime_only: bool = False) -> dict[str, str]:
+    def versions(self, *, runtime_only: bool = False, precision: str | None = None) -> dict[str, str]:
         """Installed versions of the required packages. A package that is not installed is left out."""
-        return {one.package: one.installed for one in self._needs(runtime_only) if one.installed is not None}
+        needs = self._needs(runtime_only, precision)
+        return {one.package: one.installed for one in needs if one.installed is not None}
 
-    def _needs(self, runtime_only: bool) -> list[Requirement]:
-        return [one for one in self.requirements if one.runtime or not runtime_only]
+    def _needs(self, runtime_only: bool, precision: str | None) -> list[Requirement]:
+        needs = [one for one in self.requirements if one.runtime or not runtime_only]
+        return [*needs, *self.quantiser_requirements] if precision in self.quantises else needs
 
     def check_precision(self, precision: str) -> None:
         """Raise `InputError` with the nearest name if the target has no such precision."""
@@ -221,6 +264,13 @@ class Target(ABC):
         `edgewise.targets.half`); rounding them is the caller's. Raises `InputError` if the names do not fit or
         the target cannot lower the program.
         """
+
+    def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
+        """What quantises an artifact of this target, lowered at `fp32`, to one of `quantises`.
+
+        `feeds`: what statistics are gathered of; `w8a16` and `w4a16` need none. Raises `InputError`.
+        """
+        raise InputError(f"target {self.name} does not quantise to {precision}")
 
     @abstractmethod
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:

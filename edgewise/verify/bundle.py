@@ -9,13 +9,15 @@ import numpy as np
 from edgewise.bundle.manifest import Artifact, Manifest
 from edgewise.bundle.reader import Bundle, Golden
 from edgewise.errors import InputError
-from edgewise.targets import Session, choose, load, runnable
+from edgewise.targets import Session, Tolerance, choose, load, runnable
 from edgewise.verify.ladder import Rung, judge
 
 AGAINST = "golden outputs"
 SAME_CHOICES = ", same choices"
 """Behind an artifact's label: the rung that judges it against the program that keeps the same tokens."""
 OTHER_CHOICES = 10.0
+OTHER_PROCESSOR = 2.0
+"""Times the quantisation error at export: what a quantised artifact is held to. Processors round products of 8 bits differently."""
 
 
 def verify_bundle(
@@ -67,6 +69,9 @@ def threshold(manifest: Manifest, artifact: Artifact) -> float | None:
     An artifact that chose other tokens than torch between near ties was judged at its own choices, and the golden outputs are of
     torch's. On another processor it may choose differently again: it is held to `OTHER_CHOICES` times the error that it had.
     """
+    quantised = next((r for r in manifest.verification if (r.name, r.kind) == (artifact.label, "quantisation")), None)
+    if quantised is not None:
+        return OTHER_PROCESSOR * max(errors.relative or 0.0 for errors in quantised.outputs.values()) + Tolerance().relative
     rungs = {rung.name: rung for rung in manifest.verification if rung.kind == "lowering"}
     own = rungs.get(artifact.label)
     if own is None or own.threshold is not None or artifact.label + SAME_CHOICES not in rungs:

@@ -14,6 +14,8 @@ import numpy as np
 
 from edgewise import demos
 from edgewise.bundle import Bundle, Component
+from edgewise.calibration import Port, Samples, metric, open_source, survey
+from edgewise.calibration.data import arrays_of
 from edgewise.errors import InputError, unknown
 from edgewise.targets import Session, choose, load, runnable
 
@@ -27,11 +29,8 @@ class Data:
     labels: np.ndarray | None
 
 
-def load_data(src: str, *, labels: bool) -> Data:
-    """Load `demo:NAME`, an `.npz` or a `.safetensors` file.
-
-    With `labels`, an array `labels` is taken out of the inputs and must be there. Raises InputError.
-    """
+def load_data(src: str) -> Data:
+    """Load `demo:NAME`, an `.npz` or a `.safetensors` file. Raises InputError."""
     if src.startswith("demo:"):
         name = src.removeprefix("demo:")
         if name not in demos.names():
@@ -40,19 +39,10 @@ def load_data(src: str, *, labels: bool) -> Data:
         if split is None:
             raise InputError(f"{src} has images and questions, and no arrays: see edgewise.demos.scenes.examples")
         return Data(src, dict(split.inputs), split.labels)
-    arrays = _arrays(Path(src))
-    found = arrays.pop("labels", None) if labels else None
-    if labels:
-        if found is None:
-            raise InputError(f"{src} has no array 'labels'; it has: {', '.join(sorted(arrays)) or 'nothing'}")
-        if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
-            raise InputError(f"{src}: labels must be whole numbers (samples,), not {found.dtype} {found.shape}")
-        for name, array in arrays.items():
-            if array.ndim == 0 or len(array) != len(found):
-                raise InputError(f"{src}: {name} has shape {array.shape}, and there are {len(found)} labels")
-        if len(found) == 0:
-            raise InputError(f"{src} has no samples")
-    return Data(src, arrays, found)
+    path = Path(src)
+    if path.is_dir() or path.suffix not in (".npz", ".safetensors"):
+        raise InputError(f"{path}: inputs are given as demo:NAME[index], an .npz or a .safetensors file")
+    return Data(src, arrays_of(path), None)
 
 
 def load_feeds(src: str, component: Component) -> dict[str, np.ndarray]:
@@ -60,10 +50,10 @@ def load_feeds(src: str, component: Component) -> dict[str, np.ndarray]:
     batch holds. Raises InputError."""
     match = re.fullmatch(r"(demo:[^\[\]]*)\[(\d+)\]", src)
     if not src.startswith("demo:"):
-        return load_data(src, labels=False).inputs
+        return load_data(src).inputs
     if match is None:
         raise InputError(f"--inputs {src!r} names no sample: give {src.split('[')[0]}[0], for example")
-    data, index = load_data(match.group(1), labels=False), int(match.group(2))
+    data, index = load_data(match.group(1)), int(match.group(2))
     _check_inputs(data, component)
     assert data.labels is not None
     if index >= len(data.labels):
@@ -81,41 +71,47 @@ def _uncounted(text: str, total: int) -> AbstractContextManager[Callable[[int], 
 
 def accuracy(
     bundle: Bundle,
-    data: Data,
+    src: str,
     targets: Sequence[str] | None = None,
     threads: int | None = None,
     counter: Counter = _uncounted,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Top-1 accuracy of every artifact that can run here, over all of the labelled data."""
-    assert data.labels is not None
+    """Top-1 accuracy of every artifact that can run here, over all of the labelled data; and what was odd about it, as notes."""
+    known: dict[str, Samples] = {}
     scores = []
     for artifact in runnable(choose(bundle, targets))[0]:
         component = bundle.manifest.component(artifact.role)
-        _check_inputs(data, component)
+        if artifact.role not in known:
+            ports = {info.name: Port(info.shape, info.dtype) for info in component.inputs}
+            source = open_source(src, ports, bundle.manifest.preprocessing)
+            if not source.labelled:
+                raise InputError(f"{src} has no labels: an array 'labels', a column 'label', or a folder for each class")
+            known[artifact.role] = survey(source, ports, range(len(source)))
+            for note in known[artifact.role].notes:
+                say(f"note: {note}")
+        samples = known[artifact.role]
         with (
             load(bundle, artifact, threads=threads) as session,
-            counter(f"accuracy of {artifact.label}", len(data.labels)) as count,
+            counter(f"accuracy of {artifact.label}", samples.count) as count,
         ):
-            predicted = predict(session, component, data, count)
-        correct = int((predicted == data.labels).sum())
-        total = len(data.labels)
-        scores.append({"artifact": artifact.label, "samples": total, "correct": correct, "top1": correct / total})
+            top1 = metric.accuracy(_counted(session, samples, count), samples)
+        correct = round(top1 * samples.count)
+        scores.append({"artifact": artifact.label, "samples": samples.count, "correct": correct, "top1": top1})
     return scores
 
 
-def predict(session: Session, component: Component, data: Data, count: Any = None) -> np.ndarray:
-    """The class with the highest score for every sample, `(samples,)`; the last sample fills the last batch up."""
-    assert data.labels is not None
-    batch, total = _batch_size(component), len(data.labels)
-    scores = _class_scores(component, batch)
-    predicted = np.empty(total, np.int64)
-    for start in range(0, total, batch):
-        outputs = session.run(_batch(data, component, start))
-        left = min(batch, total - start)
-        predicted[start : start + left] = outputs[scores].argmax(-1)[:left]
-        if count is not None:
-            count(start + left)
-    return predicted
+def _counted(session: Session, samples: Samples, count: Any) -> metric.Run:
+    """Run a session, and tell how many samples are done."""
+    done = 0
+
+    def run(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        nonlocal done
+        done = min(samples.count, done + samples.batch)
+        count(done)
+        return session.run(feed)
+
+    return run
 
 
 def _batch(data: Data, component: Component, start: int) -> dict[str, np.ndarray]:
@@ -138,41 +134,3 @@ def _check_inputs(data: Data, component: Component) -> None:
             raise InputError(f"{data.name}: {info.name} has samples of shape {given}, and the bundle takes {wanted}")
         if not np.can_cast(array.dtype, info.dtype, "same_kind"):
             raise InputError(f"{data.name}: {info.name} is {array.dtype}, and the bundle takes {info.dtype}")
-
-
-def _batch_size(component: Component) -> int:
-    sizes = {info.shape[0] if info.shape else 0 for info in component.inputs}
-    if len(sizes) != 1 or 0 in sizes:
-        raise InputError(f"the inputs of {component.role} have no common batch dimension: {sorted(sizes)}")
-    return sizes.pop()
-
-
-def _class_scores(component: Component, batch: int) -> str:
-    """The output that holds class scores `(batch, classes)`: `logits`, or the only one of that form."""
-    matrices = [info for info in component.outputs if len(info.shape) == 2 and info.shape[0] == batch]
-    fits = [info.name for info in matrices if "float" in info.dtype]
-    if "logits" in fits:
-        return "logits"
-    if len(fits) != 1:
-        shapes = ", ".join(f"{info.name} {info.shape}" for info in component.outputs)
-        raise InputError(f"accuracy needs one output of class scores (batch, classes), not: {shapes}")
-    return fits[0]
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give demo:NAME, an .npz or a .safetensors file")
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: give demo:NAME, an .npz or a .safetensors file")
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
-        if path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-
-            return dict(load_file(path))
-    except Exception as error:
-        # Damaged files raise nearly anything: zlib and zip errors, KeyError, EOFError, SafetensorError.
-        raise InputError(f"cannot read {path}: {str(error) or type(error).__name__}") from error
-    raise InputError(f"{path}: arrays are read from .npz and .safetensors files")

@@ -1,8 +1,8 @@
 """The verification ladder: one rung for each step from the model to the artifact that runs.
 
-Two errors are kept apart. The **compression** error (compressed against uncompressed) is intended, and has no
-threshold. Every other rung compares two forms of the same program, so that an error above its threshold is a
-defect.
+Errors of different kinds are kept apart. The **compression** error (compressed against uncompressed) and the **quantisation** error
+(an artifact against itself before it was quantised) are intended, and have no threshold. Every other rung compares two forms of
+the same program, so that an error above its threshold is a defect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edgewise.errors import InputError
 from edgewise.schema import Strict
 from edgewise.verify.metrics import Errors, compare
 
-Kind = Literal["capture", "compression", "legalisation", "precision", "lowering"]
+Kind = Literal["capture", "compression", "legalisation", "precision", "lowering", "quantisation"]
 
 
 class Rung(Strict):
@@ -56,8 +56,8 @@ def judge(
     A compression rung has no threshold. Raises `InputError` if the names or shapes of the two sets differ, or
     there are none.
     """
-    if kind == "compression" and threshold is not None:
-        raise InputError(f"rung '{name}' is of kind compression, which has no threshold")
+    if kind in ("compression", "quantisation") and threshold is not None:
+        raise InputError(f"rung '{name}' is of kind {kind}, which has no threshold")
     if not reference or set(reference) != set(value):
         raise InputError(
             f"rung '{name}' has outputs {sorted(value)} and its reference '{against}' has {sorted(reference)}"

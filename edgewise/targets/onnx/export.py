@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir
@@ -19,6 +19,7 @@ from onnxscript import opset20, optimizer
 from torch.export import ExportedProgram
 
 from edgewise.errors import InputError
+from edgewise.targets.base import layer_name
 from edgewise.targets.onnx import loops
 from edgewise.targets.program import quiet
 from edgewise.targets.rewrite import decompose, simplify
@@ -28,11 +29,12 @@ from edgewise.targets.rewrite import decompose, simplify
 OPSET = 20
 
 
-def to_onnx(exported: ExportedProgram, target: str) -> onnx_ir.Model:
+def to_onnx(exported: ExportedProgram, target: str, layers: Mapping[str, str]) -> onnx_ir.Model:
     """The ONNX model of a program, with its weights as initialisers.
 
     Its nodes still hold torch's notes about where they come from; `drop_notes` takes them out. The program must not write in
-    place. Raises `InputError`, which names the target, if an op has no rule.
+    place. `layers`: names of layers by those of their weights; a node that computes one is named after it. Raises
+    `InputError`, which names the target, if an op has no rule.
     """
     with quiet():
         model = None
@@ -46,7 +48,7 @@ def to_onnx(exported: ExportedProgram, target: str) -> onnx_ir.Model:
         if model is None:
             reason = _reason(failure)
             raise InputError(f"target {target} cannot lower this program: {reason}") from failure
-        _clean(model)
+        _clean(model, layers)
     return model
 
 
@@ -108,9 +110,28 @@ def _export(exported: ExportedProgram) -> onnx_ir.Model:
     return model
 
 
-def _clean(model: onnx_ir.Model) -> None:
+def _name_layers(graph: onnx_ir.Graph, layers: Mapping[str, str]) -> None:
+    """Name the nodes that compute layers, while weights still have their names."""
+    seen: list[str] = []
+    for node in graph:
+        if node.op_type not in ("MatMul", "Gemm", "Conv"):
+            continue
+        weight = node.inputs[1]
+        while weight is not None and (source := weight.producer()) is not None and source.op_type in _MOVES:
+            weight = source.inputs[0]
+        name = layers.get(weight.name or "") if weight is not None else None
+        if name is not None:
+            seen.append(name)
+            node.name = layer_name(name, seen.count(name))
+
+
+_MOVES = ("Cast", "Identity", "Reshape", "Transpose", "Unsqueeze")
+
+
+def _clean(model: onnx_ir.Model, layers: Mapping[str, str]) -> None:
     """Fold constants, and drop what nobody uses."""
     common.InlinePass()(model)
+    _name_layers(model.graph, layers)
     optimizer.fold_constants(model)
     for step in (
         common.RemoveUnusedNodesPass(),

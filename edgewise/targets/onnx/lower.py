@@ -26,9 +26,12 @@ def convert(
     exported: ExportedProgram, target: str, input_names: Sequence[str], output_names: Sequence[str]
 ) -> onnx_ir.Model:
     """The ONNX model of a program, its inputs and outputs named. See `Target.lower` for what is asked of the program."""
+    from edgewise.passes.layers import layers
     from edgewise.targets.onnx.export import to_onnx
 
-    model = to_onnx(prepare(exported, target, input_names, output_names), target)
+    exported = prepare(exported, target, input_names, output_names)
+    weights = exported.graph_signature.inputs_to_parameters
+    model = to_onnx(exported, target, {weights[place]: name for place, name in layers(exported).items()})
     _rename(model.graph, input_names, output_names)
     return model
 

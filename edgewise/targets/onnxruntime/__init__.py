@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgewise.targets.base import Requirement, Session, Target
+from edgewise.targets.base import Feeds, Quantiser, Requirement, Session, Target
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 class OnnxRuntime(Target):
     """One `.onnx` file, or two above 1.8 GB. With `fp16` weights are stored in half precision, and the
-    arithmetic is single precision all the same."""
+    arithmetic is single precision all the same. `w8a16`, `w4a16` and `w8a8` store the weights of layers in 8 or 4 bits, and the
+    rest as `fp16` does; with `w8a8` layers compute in 8 bits."""
 
     name = "onnxruntime"
     description = "ONNX for ONNX Runtime, on any CPU"
@@ -25,7 +26,8 @@ class OnnxRuntime(Target):
         Requirement("onnxscript", minimum="0.5.0", tested="0.7.2", extra="export", runtime=False),
         Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
     )
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", "w8a16", "w8a8", "w4a16")
+    quantises = ("w8a16", "w8a8", "w4a16")
     realisations = {
         "top_tokens": ("topk", "sort_free", "scatter"),
         "bipartite_match": ("topk", "sort_free", "scatter"),
@@ -51,6 +53,12 @@ class OnnxRuntime(Target):
         self.check()
         self.check_precision(precision)
         return lower(exported, folder, stem, precision, input_names, output_names)
+
+    def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
+        from edgewise.targets.onnxruntime.quantise import OnnxQuantiser
+
+        self.check()
+        return OnnxQuantiser(files, precision, feeds)
 
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
         from edgewise.targets.onnxruntime.session import OnnxRuntimeSession

@@ -32,11 +32,11 @@ def lower(
     weights = take_weights(converted)
     model = onnx_ir.to_proto(converted)
     if precision == "fp16":
-        weights = _halve(model, weights)
+        weights = halve(model, weights)
     return write(model, weights, Path(folder) / f"{stem}.onnx", "onnxruntime")
 
 
-def _halve(model: onnx.ModelProto, weights: Weights) -> Weights:
+def halve(model: onnx.ModelProto, weights: Weights) -> Weights:
     """Store as fp16, followed by a Cast to fp32, what loses nothing by it."""
     import onnx
 

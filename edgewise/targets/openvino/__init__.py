@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgewise.targets.base import Requirement, Session, Target
+from edgewise.targets.base import Feeds, Quantiser, Requirement, Session, Target
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 class OpenVino(Target):
     """OpenVINO IR, `.xml` and `.bin`. With `fp16` weights are stored in half precision and the arithmetic
-    is the device's choice; with `fp32` both are single precision."""
+    is the device's choice; with `fp32` both are single precision. `w8a16`, `w4a16` and `w8a8` store the weights of layers in 8 or
+    4 bits and the rest as `fp16` does; with `w8a8` layers compute in 8 bits."""
 
     name = "openvino"
     description = "OpenVINO IR for Intel CPUs, GPUs and NPUs"
@@ -23,7 +24,11 @@ class OpenVino(Target):
         Requirement("openvino", minimum="2026.2.0", tested="2026.4.1", extra="openvino"),
         Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
     )
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", "w8a16", "w8a8", "w4a16")
+    quantises = ("w8a16", "w8a8", "w4a16")
+    quantiser_requirements = (
+        Requirement("nncf", minimum="3.4.0", tested="3.4.0", extra="calibration", runtime=False),
+    )
     realisations = {
         "top_tokens": ("topk", "sort_free", "scatter"),
         "bipartite_match": ("topk", "sort_free", "scatter"),
@@ -49,6 +54,12 @@ class OpenVino(Target):
         self.check()
         self.check_precision(precision)
         return lower(exported, folder, stem, precision, input_names, output_names)
+
+    def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
+        from edgewise.targets.openvino.quantise import quantiser
+
+        self.check(precision=precision)
+        return quantiser(files, precision, feeds)
 
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
         from edgewise.targets.openvino.session import OpenVinoSession

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewise.errors import InputError
+from edgewise.targets.base import layer_name, layer_of
 from edgewise.targets.half import as_half
 from edgewise.targets.program import prepare, quiet
 
@@ -24,13 +25,21 @@ def lower(
     input_names: Sequence[str],
     output_names: Sequence[str],
 ) -> list[Path]:
-    """Write `stem.xml` and `stem.bin`; see `Target.lower`."""
+    """Write `stem.xml` and `stem.bin`; see `Target.lower`. A node that computes a layer is named after it."""
+    from edgewise.passes.layers import layers
+
+    exported = prepare(exported, "openvino", input_names, output_names)
+    model = _convert(exported)
+    _name(model, input_names, output_names, _layers(model, layers(exported)))
+    if precision == "fp16":
+        halve(model)
+    return save(model, folder, stem)
+
+
+def save(model: Any, folder: Path, stem: str) -> list[Path]:
+    """Write a model; gives its files. Raises what stands in the way."""
     import openvino
 
-    model = _convert(prepare(exported, "openvino", input_names, output_names))
-    _name(model, input_names, output_names)
-    if precision == "fp16":
-        _halve(model)
     path = Path(folder) / f"{stem}.xml"
     files = [path, path.with_suffix(".bin")]
     try:
@@ -44,13 +53,13 @@ def lower(
     return files
 
 
-def _halve(model: Any) -> None:
+def halve(model: Any) -> None:
     """Store as fp16, followed by a Convert to fp32, what loses nothing by it."""
     from openvino._offline_transformations import compress_model_transformation
 
     kept = {
         node.get_friendly_name(): node
-        for graph in _graphs(model)
+        for graph in graphs(model)
         for node in graph.get_ops()
         if node.get_type_name() == "Constant"
         and node.get_element_type().to_string() in ("f32", "f64")
@@ -59,18 +68,18 @@ def _halve(model: Any) -> None:
     # This halves nearly every constant, and marks the Converts for devices that compute in fp16, which leave them out.
     # Each gets the name of its constant.
     compress_model_transformation(model)
-    for graph in _graphs(model):
+    for graph in graphs(model):
         for node in graph.get_ops():
             if node.get_type_name() == "Convert" and node.get_friendly_name() in kept:
                 node.output(0).replace(kept[node.get_friendly_name()].output(0))
 
 
-def _graphs(model: Any) -> Iterator[Any]:
+def graphs(model: Any) -> Iterator[Any]:
     """A model, and the bodies of its loops."""
     yield model
     for node in model.get_ordered_ops():
         if node.get_type_name() in ("Loop", "TensorIterator"):
-            yield from _graphs(node.get_function())
+            yield from graphs(node.get_function())
 
 
 # A layer of the `.xml` takes 1 to 2 KiB.
@@ -157,18 +166,51 @@ def _reason(error: Exception) -> str:
     return " ".join(lines[-3:]) if lines else type(error).__name__
 
 
-def _name(model: Any, input_names: Sequence[str], output_names: Sequence[str]) -> None:
+def number_nodes(graph: Any, prefix: str = "") -> None:
+    """Name the nodes of a graph by their ops and places, but for layers and the model's inputs, which have names of their own."""
+    for number, node in enumerate(graph.get_ordered_ops()):
+        if layer_of(node.get_friendly_name()) is None and (prefix or node.get_type_name() != "Parameter"):
+            node.set_friendly_name(f"{prefix}{node.get_type_name()}_{number}")
+
+
+_PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
+_MOVES = ("Convert", "Reshape", "Transpose")
+
+
+def _layers(model: Any, names: Mapping[str, str]) -> dict[int, str]:
+    """The nodes that compute a layer, by their places in the order of the graph. `names`: of layers, by their weights'
+    placeholders."""
+    found: dict[int, str] = {}
+    for number, node in enumerate(model.get_ordered_ops()):
+        if node.get_type_name() not in _PRODUCTS:
+            continue
+        weight = node.input_value(1)
+        while weight.get_node().get_type_name() in _MOVES:
+            weight = weight.get_node().input_value(0)
+        if weight.get_node().get_type_name() == "Constant":
+            known = [name for tensor in weight.get_names() if (name := names.get(tensor.partition(":")[0])) is not None]
+            if known:
+                found[number] = known[0]
+    return found
+
+
+def _name(model: Any, input_names: Sequence[str], output_names: Sequence[str], layers: Mapping[int, str]) -> None:
     """Give inputs, outputs and nodes names that depend on the program alone.
 
     The frontend names nodes by counters that go on from one conversion to the next.
     """
-    for level, graph in enumerate(list(_graphs(model))):
+    for level, graph in enumerate(list(graphs(model))):
         prefix = f"body{level}/" if level else ""
         graph.set_friendly_name(f"{prefix}edgewise")
-        for number, node in enumerate(graph.get_ordered_ops()):
-            node.set_friendly_name(f"{prefix}{node.get_type_name()}_{number}")
+        number_nodes(graph, prefix)
+        for node in graph.get_ordered_ops():
             for output in node.outputs():
                 output.get_tensor().set_names(set())
+        seen: list[str] = []
+        for number, node in enumerate(graph.get_ordered_ops()):
+            if not level and number in layers:
+                seen.append(layers[number])
+                node.set_friendly_name(layer_name(layers[number], seen.count(layers[number])))
     for parameter, name in zip(model.inputs, input_names, strict=True):
         parameter.get_tensor().set_names({name})
         parameter.get_node().set_friendly_name(name)

@@ -51,8 +51,8 @@ class TensorRT(Target):
         """Of half-precision arithmetic, whose numbers have 11 bits, for `fp16`."""
         return Tolerance(relative=1e-2, near_tie=1e-2) if precision == "fp16" else Tolerance()
 
-    def check(self, *, runtime_only: bool = False) -> list[str]:
-        warnings = super().check(runtime_only=runtime_only)
+    def check(self, *, runtime_only: bool = False, precision: str | None = None) -> list[str]:
+        warnings = super().check(runtime_only=runtime_only, precision=precision)
         if not runtime_only:
             try:
                 drift = rtx.BINDINGS.check()
@@ -61,8 +61,8 @@ class TensorRT(Target):
             warnings += [drift] if drift else []
         return warnings
 
-    def versions(self, *, runtime_only: bool = False) -> dict[str, str]:
-        known = super().versions(runtime_only=runtime_only)
+    def versions(self, *, runtime_only: bool = False, precision: str | None = None) -> dict[str, str]:
+        known = super().versions(runtime_only=runtime_only, precision=precision)
         version = rtx.BINDINGS.installed
         return known if runtime_only or version is None else {**known, rtx.BINDINGS.package: version}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from edgewise.runtime.images import open_image as _open
 
 Kind = Literal["image", "video", "audio"]
 Shape = tuple[int, ...]
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au")
+VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,7 @@ def kind_of(shape: Shape) -> Kind | None:
 
 def load_image(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Media:
     """An image file as `shape (C, H, W)`: resized, cropped and normalised with the constants of the processor."""
-    picture = _fitted(_open(path), shape[-2:], preprocessing)
-    array, notes = _normalised([picture], shape[0], preprocessing)
+    array, notes = _pixels([_open(path)], shape[0], shape[-2:], preprocessing)
     return Media("image", array[0], (_shown(array[0], preprocessing),), notes=notes)
 
 
@@ -56,8 +58,7 @@ def load_video(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Me
     first = shape[1] in (1, 3)
     count, channels = (shape[0], shape[1]) if first else (shape[1], shape[0])
     frames = _folder(path, count) if path.is_dir() else _decoded(path, count)
-    fitted = [_fitted(frame, shape[-2:], preprocessing) for frame in frames]
-    array, notes = _normalised(fitted, channels, preprocessing)
+    array, notes = _pixels(frames, channels, shape[-2:], preprocessing)
     views = tuple(_shown(frame, preprocessing) for frame in array)
     return Media("video", array if first else array.swapaxes(0, 1), views, notes=notes)
 
@@ -66,10 +67,11 @@ def load_audio(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Me
     """A recording as features, by the model's own extractor, or as a waveform; cut or padded to `shape`."""
     wave, rate = read_audio(path)
     wanted = int(preprocessing.get("sampling_rate", 16000))
+    rated = () if rate == wanted else (f"resampled from {rate} to {wanted} Hz",)
     wave = resample(wave, rate, wanted)
     extractor = preprocessing.get("feature_extractor_type")
     if len(shape) == 1:
-        notes = () if len(wave) <= shape[0] else (f"only the first {shape[0] / wanted:.2f} seconds of {path.name} fit",)
+        notes = rated if len(wave) <= shape[0] else (*rated, f"only the first {shape[0] / wanted:.2f} seconds fit")
         wave = np.pad(wave[: shape[0]], (0, max(0, shape[0] - len(wave))))
         if preprocessing.get("do_normalize"):
             wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
@@ -92,7 +94,7 @@ def load_audio(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Me
     if array is None:
         got = ", ".join(f"{k} {list(v[0].shape)}" for k, v in made.items())
         raise InputError(f"{extractor} makes {got} of {path}, and the model takes {list(shape)}")
-    return from_array("audio", array.astype(np.float32), preprocessing)
+    return from_array("audio", array.astype(np.float32), preprocessing, rated)
 
 
 def from_array(kind: Kind, array: np.ndarray, preprocessing: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Media:
@@ -116,10 +118,10 @@ def from_array(kind: Kind, array: np.ndarray, preprocessing: Mapping[str, Any], 
 
 
 def _folder(path: Path, count: int) -> list[Image.Image]:
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
     if not files:
         raise InputError(
-            f"{path} holds no frames: give a folder of images ({', '.join(_SUFFIXES[:3])}, ...), in order by name"
+            f"{path} holds no frames: give a folder of images ({', '.join(IMAGES[:3])}, ...), in order by name"
         )
     return [_open(files[i]) for i in _spread(len(files), count)]
 
@@ -131,7 +133,8 @@ def _decoded(path: Path, count: int) -> list[Image.Image]:
         av: Any = importlib.import_module("av")
     except ModuleNotFoundError as error:
         raise MissingExtra(
-            "PyAV is not installed, and reads video files; install it with: pip install av, or give a folder of frames"
+            'PyAV is not installed, and reads video files; install it with: pip install "edgewise[calibration]", '
+            "or give a folder of frames"
         ) from error
     try:
         with av.open(str(path)) as file:
@@ -152,6 +155,44 @@ def _decoded(path: Path, count: int) -> list[Image.Image]:
 def _spread(total: int, count: int) -> list[int]:
     """`count` of `total` frames, the middles of equal stretches; some are repeated where there are fewer."""
     return [min(total - 1, int((i + 0.5) * total / count)) for i in range(count)] if total else []
+
+
+def _pixels(
+    pictures: list[Image.Image], channels: int, size: Shape, preprocessing: Mapping[str, Any]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Pictures as arrays `(n, channels, H, W)`, and what had to be assumed: by the model's own processor, or by its constants where
+    it makes another size, or is not installed."""
+    pictures = [_opaque(picture) for picture in pictures]
+    made = _by_processor(pictures, channels, size, preprocessing)
+    if made is not None:
+        return made, ()
+    return _normalised([_fitted(picture, size, preprocessing) for picture in pictures], channels, preprocessing)
+
+
+def _by_processor(
+    pictures: list[Image.Image], channels: int, size: Shape, preprocessing: Mapping[str, Any]
+) -> np.ndarray | None:
+    """What the Pillow form of the model's processor makes of pictures; None where it cannot make this shape."""
+    name = str(preprocessing.get("image_processor_type") or preprocessing.get("feature_extractor_type") or "")
+    name = name.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
+    if channels != 3 or not name.endswith("ImageProcessor") or importlib.util.find_spec("transformers") is None:
+        return None
+    import transformers
+
+    cls = getattr(transformers, name + "Pil", None)
+    if cls is None:
+        return None
+    made = cls(**{k: v for k, v in preprocessing.items() if not k.endswith("_type")})(pictures, return_tensors="np")
+    array = np.asarray(made.get("pixel_values"), np.float32)
+    wanted = (len(pictures), channels, *size)
+    return array.reshape(wanted) if array.shape in (wanted, (1, *wanted)) else None
+
+
+def _opaque(picture: Image.Image) -> Image.Image:
+    """In colours alone: what shines through is white."""
+    if picture.mode != "RGBA":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def _shown(array: np.ndarray, preprocessing: Mapping[str, Any]) -> Image.Image:

@@ -1,0 +1,249 @@
+"""Data sources: one way to read samples for a model, whatever they are kept in.
+
+A source knows how many samples it has and reads one at a time, so that memory does not grow with their number. Files are
+decoded and made into inputs when they are read.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgewise import demos
+from edgewise.errors import InputError, unknown
+
+MOST_ITEMS = 1024
+"""Of an iterable that can be gone through once, which is kept in memory, the most items that are taken."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """What one input takes: its static shape, whose first dimension is the batch, and its dtype (a NumPy name)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+Ports = Mapping[str, Port]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample: inputs without the batch dimension, its class or text where it has one, where it is from, and what was done to
+    make it fit."""
+
+    inputs: dict[str, np.ndarray]
+    label: int | None = None
+    text: str | None = None
+    where: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Source(ABC):
+    """Samples by number. `name` is what the user wrote; `labelled` and `texts` say whether every sample has a class, or a text."""
+
+    name: str
+    labelled: bool = False
+    texts: bool = False
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """The place of a sample, for messages."""
+
+    @abstractmethod
+    def _read(self, index: int) -> Sample: ...
+
+    def read(self, index: int) -> Sample:
+        """A sample. Raises `InputError` if it cannot be read, or holds NaN or infinity."""
+        sample = self._read(index)
+        for name, array in sample.inputs.items():
+            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                raise InputError(f"{self.where(index)}: {name} holds NaN or infinity")
+        return sample
+
+
+@dataclass
+class Arrays(Source):
+    """Arrays by input name, `(samples, *shape)`, with `labels (samples,)` or texts."""
+
+    name: str
+    arrays: Mapping[str, np.ndarray]
+    labels: np.ndarray | None = None
+    text: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    labelled: bool = field(init=False)
+    texts: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.labelled, self.texts = self.labels is not None, self.text is not None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def where(self, index: int) -> str:
+        return f"sample {index} of {self.name}"
+
+    def _read(self, index: int) -> Sample:
+        label = None if self.labels is None else int(self.labels[index])
+        text = None if self.text is None else self.text[index]
+        return Sample({k: v[index] for k, v in self.arrays.items()}, label, text, self.where(index))
+
+
+@dataclass
+class Items(Source):
+    """Items of Python: each a mapping of arrays by input name (with or without a batch dimension of 1), an array, or a pair of
+    one of these and a label or a text."""
+
+    name: str
+    items: tuple[Any, ...]
+    ports: Ports
+    notes: tuple[str, ...] = ()
+    labelled: bool = field(init=False)
+    texts: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        kinds = {type(self._parts(item)[1]) for item in self.items}
+        self.labelled, self.texts = kinds == {int}, kinds == {str}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def where(self, index: int) -> str:
+        return f"item {index} of {self.name}"
+
+    def _parts(self, item: Any) -> tuple[Any, int | str | None]:
+        if not isinstance(item, tuple):
+            return item, None
+        if len(item) != 2 or not isinstance(item[1], (int, str, np.integer)):
+            raise InputError(f"an item of {self.name} is a tuple, and so has to be of inputs and a label or a text")
+        return item[0], item[1] if isinstance(item[1], str) else int(item[1])
+
+    def _read(self, index: int) -> Sample:
+        value, target = self._parts(self.items[index])
+        if not isinstance(value, Mapping):
+            if len(self.ports) != 1:
+                raise InputError(f"{self.where(index)} is no mapping, and the model has inputs {', '.join(self.ports)}")
+            value = {next(iter(self.ports)): value}
+        inputs = {}
+        for name, port in self.ports.items():
+            if name not in value:
+                raise InputError(f"{self.where(index)} has no input '{name}'; it has: {', '.join(value) or 'nothing'}")
+            array = np.asarray(value[name].detach().cpu() if hasattr(value[name], "detach") else value[name])
+            if array.shape == (1, *port.shape[1:]):
+                array = array[0]
+            inputs[name] = fitted(array, name, port, self.where(index))
+        text = target if isinstance(target, str) else None
+        return Sample(inputs, target if isinstance(target, int) else None, text, self.where(index))
+
+
+def fitted(array: np.ndarray, name: str, port: Port, where: str) -> np.ndarray:
+    """An array of one sample in the dtype of its input. Raises `InputError` if it does not fit."""
+    if array.shape != port.shape[1:]:
+        raise InputError(f"{where}: {name} has shape {array.shape}, and the model takes {port.shape[1:]}")
+    if not np.can_cast(array.dtype, port.dtype, "same_kind"):
+        raise InputError(f"{where}: {name} is {array.dtype}, and the model takes {port.dtype}")
+    return array.astype(port.dtype, copy=False)
+
+
+def open_source(
+    src: Any, ports: Ports, preprocessing: Mapping[str, Any] | None = None, classes: Mapping[int, str] | None = None
+) -> Source:
+    """Open data for a model with these inputs.
+
+    `src`: `demo:NAME`; a folder of images, recordings or videos, or of one such folder for each class; a `.csv`, `.tsv` or `.jsonl`
+    manifest with a column `file` and one of `label` and `text`; an `.npz` or `.safetensors` of arrays by input name, with `labels`
+    or `texts` of all samples; or, in Python, a mapping of such arrays, or an iterable (see `Items`).
+
+    `preprocessing`: the constants of the model's processor. `classes`: names of the model's classes by number.
+
+    Raises `InputError` if there is nothing of that name or in it, or what is there does not fit the model.
+    """
+    if isinstance(src, Source):
+        return src
+    if isinstance(src, (str, os.PathLike)):
+        name, path = str(src), Path(src)
+        if name.startswith("demo:"):
+            return _checked(_demo(name), ports)
+        if path.suffix.lower() in (".npz", ".safetensors") and not path.is_dir():
+            return _checked(_split(name, arrays_of(path)), ports)
+        from edgewise.calibration.files import open_files
+
+        return open_files(path, ports, dict(preprocessing or {}), classes)
+    if isinstance(src, Mapping):
+        return _checked(_split("the data", {k: np.asarray(v) for k, v in src.items()}), ports)
+    if not isinstance(src, Iterable):
+        raise InputError(f"{type(src).__name__} is no data: give demo:NAME, a folder, a file, arrays by name, or an iterable")
+    items = tuple(islice(src, MOST_ITEMS))
+    if not items:
+        raise InputError("the data holds no samples")
+    return Items("the data", items, ports)
+
+
+def _demo(name: str) -> Arrays:
+    short = name.removeprefix("demo:")
+    if short not in demos.names():
+        raise unknown("demo data", short, demos.names())
+    split = demos.split(short)
+    if split is None:
+        raise InputError(f"{name} has images and questions, and no arrays: see edgewise.demos.scenes.examples")
+    return Arrays(name, dict(split.inputs), split.labels)
+
+
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` or `.safetensors` file by name. Raises `InputError`."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give demo:NAME, an .npz or a .safetensors file")
+    try:
+        if path.suffix.lower() == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+        from safetensors.numpy import load_file
+
+        return dict(load_file(path))
+    except Exception as error:
+        # Damaged files raise nearly anything: zlib and zip errors, KeyError, EOFError, SafetensorError.
+        raise InputError(f"cannot read {path}: {str(error) or type(error).__name__}") from error
+
+
+def _split(name: str, arrays: dict[str, np.ndarray]) -> Arrays:
+    """Arrays with the labels or texts taken out."""
+    labels, texts = arrays.pop("labels", None), arrays.pop("texts", None)
+    if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
+        raise InputError(f"{name}: labels must be whole numbers (samples,), not {labels.dtype} {labels.shape}")
+    if texts is not None and (texts.ndim != 1 or texts.dtype.kind not in "US"):
+        raise InputError(f"{name}: texts must be strings (samples,), not {texts.dtype} {texts.shape}")
+    known = {**arrays, **({} if labels is None else {"labels": labels}), **({} if texts is None else {"texts": texts})}
+    counts = {k: len(v) if v.ndim else 0 for k, v in known.items()}
+    if len(set(counts.values())) > 1:
+        raise InputError(f"{name}: the arrays have different numbers of samples: {counts}")
+    if 0 in counts.values():
+        raise InputError(f"{name} has no samples")
+    return Arrays(name, arrays, labels, None if texts is None else tuple(str(t) for t in texts))
+
+
+def _checked(source: Arrays, ports: Ports) -> Arrays:
+    """The source with the inputs of the model alone, in their dtypes."""
+    arrays = {}
+    for name, port in ports.items():
+        if name not in source.arrays:
+            has = ", ".join(sorted(source.arrays)) or "nothing"
+            raise InputError(f"{source.name} has no array for the input '{name}'; it has: {has}")
+        array = source.arrays[name]
+        if array.shape[1:] != port.shape[1:]:
+            wanted = port.shape[1:]
+            raise InputError(f"{source.name}: {name} has samples of shape {array.shape[1:]}, and the model takes {wanted}")
+        if not np.can_cast(array.dtype, port.dtype, "same_kind"):
+            raise InputError(f"{source.name}: {name} is {array.dtype}, and the model takes {port.dtype}")
+        arrays[name] = array.astype(port.dtype, copy=False)
+    return Arrays(source.name, arrays, source.labels, source.text, source.notes)

@@ -1,0 +1,191 @@
+"""Quantise an ONNX model with QuantizeLinear and DequantizeLinear: the inputs of its layers, and nothing else.
+
+The node of a layer bears its name (see `edgewise.passes.layers`). Everything is symmetric: weights with a scale for each output (at
+four bits: for each block of inputs), activations with one scale. Biases, scores, norms, softmax and what compression chooses with
+stay in floating point. The form is the one that ONNX Runtime fuses and that TensorRT reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from edgewise.targets.base import layer_of
+
+if TYPE_CHECKING:
+    from edgewise.targets.onnx.lower import Weights
+
+BLOCKS = (32, 16)
+"""Inputs that share a scale at four bits: the first size that divides the inputs of a layer."""
+STRENGTH = 0.5
+"""How much of the outliers of activations goes into the weights (SmoothQuant: Xiao et al., arXiv 2211.10438)."""
+_FOUR_BITS = 21  # the first opset with whole numbers of four bits
+_ZERO = "edgewise.zero"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node that computes a layer: its inputs, and which axes of the weight count the outputs and the inputs."""
+
+    name: str
+    node: str
+    op: str
+    source: str
+    weight: str
+    outputs: int
+    inputs: int
+
+
+def find_layers(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> list[Layer]:
+    """The layers of a model, in the order of its nodes."""
+    found = []
+    for node in model.graph.node:
+        name = layer_of(node.name)
+        if name is None or node.input[1] not in weights:
+            continue
+        turned = any(a.name == "transB" and a.i for a in node.attribute)
+        outputs, inputs = (0, 1) if node.op_type == "Conv" or turned else (1, 0)
+        found.append(Layer(name, node.name, node.op_type, node.input[0], node.input[1], outputs, inputs))
+    return found
+
+
+class Ranges:
+    """The largest absolute value of each channel of the inputs of layers, over all that was seen."""
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self._axis = {layer.source: 1 if layer.op == "Conv" else -1 for layer in layers}
+        self.largest: dict[str, np.ndarray] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The values to be looked at."""
+        return list(self._axis)
+
+    def add(self, values: Mapping[str, np.ndarray]) -> None:
+        for name, axis in self._axis.items():
+            value = np.abs(np.moveaxis(values[name], axis, -1)).reshape(-1, values[name].shape[axis]).max(0)
+            self.largest[name] = np.maximum(self.largest[name], value) if name in self.largest else value
+
+
+def quantised(
+    model: onnx.ModelProto,
+    weights: Weights,
+    layers: Collection[Layer],
+    bits: int,
+    ranges: Mapping[str, np.ndarray] | None = None,
+) -> tuple[onnx.ModelProto, Weights]:
+    """A copy of a model with the weights of `layers` quantised to `bits`, and, with `ranges`, their activations to 8."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    change = _Change(made, dict(weights))
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.source, []).append(layer)
+    for source, group in groups.items():
+        if ranges is not None:
+            change.smooth(source, group, ranges[source])
+        for layer in group:
+            change.weight(layer, bits)
+    return change.finish()
+
+
+class _Change:
+    """What is added to a model: nodes in front of others, and weights in the place of others."""
+
+    def __init__(self, model: onnx.ModelProto, weights: Weights) -> None:
+        self.model, self.weights = model, weights
+        self.nodes = {node.name: node for node in model.graph.node}
+        self._added: dict[str, list[onnx.NodeProto]] = {}  # by the node that they go in front of
+        self._smoothed: dict[str, np.ndarray] = {}
+        self._four_bits = False
+
+    def smooth(self, source: str, group: list[Layer], largest: np.ndarray) -> None:
+        """Let a group of layers read the source in 8 bits, its channels scaled so that none needs a much wider range than
+        others."""
+        scale = np.ones_like(largest)
+        if all(layer.op != "Conv" for layer in group):
+            weight = np.max([np.abs(self.weights[one.weight]).max(one.outputs) for one in group], axis=0)
+            known = (largest > 0) & (weight > 0)
+            scale[known] = np.clip(largest[known] ** STRENGTH / weight[known] ** (1 - STRENGTH), 1e-4, 1e4)
+        first, smoothed = group[0], source
+        if not (scale == 1).all():
+            smoothed = self._node(first, "Mul", [source, self._constant(f"{source}.smooth", 1 / scale)], f"{source}.smoothed")
+            for layer in group:
+                shape = [-1 if axis == layer.inputs else 1 for axis in range(2)]
+                self._smoothed[layer.node] = (self.weights[layer.weight] * scale.reshape(shape)).astype(np.float32)
+        step = np.float32((largest / scale).max() / 127)
+        zero, one = self._constant(_ZERO, np.int8(0)), self._constant(f"{source}.scale", step)
+        code = self._node(first, "QuantizeLinear", [smoothed, one, zero], f"{source}.int8")
+        value = self._node(first, "DequantizeLinear", [code, one, zero], f"{source}.quantised")
+        for layer in group:
+            self.nodes[layer.node].input[0] = value
+
+    def weight(self, layer: Layer, bits: int) -> None:
+        """Store the weight of a layer in whole numbers."""
+        weight = self._smoothed.get(layer.node, self.weights[layer.weight])
+        name = f"quantised/{layer.node}"  # which is not the name of a layer
+        block = next((n for n in BLOCKS if bits == 4 and weight.ndim == 2 and weight.shape[layer.inputs] % n == 0), 0)
+        if block:
+            self._four_bits = True
+            code, scale = _blocks(weight, layer.inputs, block)
+            self.model.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT4, code.shape, code.ravel()))
+            axis, options = layer.inputs, {"block_size": block}
+        else:
+            rest = tuple(axis for axis in range(weight.ndim) if axis != layer.outputs)
+            scale = _step(np.abs(weight).max(rest), 127)
+            shape = [-1 if axis == layer.outputs else 1 for axis in range(weight.ndim)]
+            self.weights[name] = np.rint(weight / scale.reshape(shape)).astype(np.int8)
+            axis, options = layer.outputs, {}
+        inputs = [name, self._constant(f"{name}.scale", scale)]
+        self.nodes[layer.node].input[1] = self._node(layer, "DequantizeLinear", inputs, f"{name}.value", axis=axis, **options)
+
+    def finish(self) -> tuple[onnx.ModelProto, Weights]:
+        """The changed model, without the weights that nothing uses any more."""
+        nodes = [one for node in self.model.graph.node for one in (*self._added.get(node.name, ()), node)]
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del self.model.graph.node[:]
+        self.model.graph.node.extend(copies)
+        if self._four_bits:
+            for opset in self.model.opset_import:
+                if opset.domain == "":
+                    opset.version = max(opset.version, _FOUR_BITS)
+            self.model.ir_version = max(self.model.ir_version, 10)
+        used = set(_read(self.model.graph))
+        return self.model, {name: array for name, array in self.weights.items() if name in used}
+
+    def _constant(self, name: str, value: np.ndarray | np.generic) -> str:
+        self.weights[name] = np.asarray(value, value.dtype if value.dtype == np.int8 else np.float32)
+        return name
+
+    def _node(self, layer: Layer, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        node = onnx.helper.make_node(op, inputs, [output], name=output, **attributes)
+        self._added.setdefault(layer.node, []).append(node)
+        return output
+
+
+def _read(graph: onnx.GraphProto) -> Iterable[str]:
+    """The names of all values that nodes of a graph, and of those inside, read."""
+    yield from (value.name for value in graph.output)
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _read(attribute.g)
+
+
+def _step(largest: np.ndarray, levels: int) -> np.ndarray:
+    """The distance of two values, so that the largest has a code; of nothing but zeros any will do."""
+    return np.where(largest > 0, largest / levels, 1).astype(np.float32)
+
+
+def _blocks(weight: np.ndarray, axis: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix in whole numbers of -7 to 7, and a scale for each block along an axis."""
+    rows = np.moveaxis(weight, axis, 0)
+    parts = rows.reshape(-1, block, rows.shape[1])
+    scale = _step(np.abs(parts).max(1), 7)
+    code = np.rint(parts / scale[:, None]).astype(np.int8).reshape(rows.shape)
+    return np.moveaxis(code, 0, axis), np.ascontiguousarray(np.moveaxis(scale, 0, axis))

@@ -1,0 +1,70 @@
+"""Quantise an ONNX file for ONNX Runtime; statistics are gathered by ONNX Runtime itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from edgewise.errors import InputError
+from edgewise.targets.base import Feeds, Quantiser
+from edgewise.targets.onnx.lower import Weights, write
+from edgewise.targets.onnx.quantise import Layer, Ranges, find_layers, quantised
+from edgewise.targets.onnxruntime.lower import halve
+
+
+class OnnxQuantiser(Quantiser):
+    """See `Target.quantiser`."""
+
+    def __init__(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> None:
+        self._model = onnx.load(str(files[0]))
+        self._weights: Weights = {one.name: onnx.numpy_helper.to_array(one) for one in self._model.graph.initializer}
+        del self._model.graph.initializer[:]
+        self._layers = find_layers(self._model, self._weights)
+        self._bits = 4 if precision == "w4a16" else 8
+        self._ranges: dict[str, np.ndarray] | None = None
+        if precision == "w8a8":
+            assert feeds is not None
+            self._ranges = _ranges(files[0], self._layers, feeds)
+            silent = [layer for layer in self._layers if not self._ranges[layer.source].any()]
+            self._layers = [layer for layer in self._layers if layer not in silent]
+            if silent:
+                names = ", ".join(layer.name for layer in silent[:3])
+                self.notes = (
+                    f"the inputs of {len(silent)} layers are zero on all samples, and stay in floating point: {names}",
+                )
+        self.layers = tuple(dict.fromkeys(layer.name for layer in self._layers))
+
+    def write(self, folder: Path, stem: str, floating: Collection[str] = ()) -> list[Path]:
+        chosen = [layer for layer in self._layers if layer.name not in floating]
+        model, weights = quantised(self._model, self._weights, chosen, self._bits, self._ranges)
+        folder.mkdir(parents=True, exist_ok=True)
+        return write(model, halve(model, weights), folder / f"{stem}.onnx", "onnxruntime")
+
+
+def _ranges(path: Path, layers: Sequence[Layer], feeds: Feeds) -> dict[str, np.ndarray]:
+    """Run the model on the data, with the inputs of the layers as further outputs."""
+    ranges = Ranges(layers)
+    model = onnx.load(str(path), load_external_data=False)
+    known = {value.name for value in model.graph.input}
+    inner = [name for name in ranges.names if name not in known]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inner)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Weights in a file of their own are found beside the model.
+    watching = path.with_name(f"{path.stem}.watching.onnx")
+    watching.write_bytes(model.SerializeToString())
+    try:
+        session = onnxruntime.InferenceSession(str(watching), options, providers=["CPUExecutionProvider"])
+        for feed in feeds:
+            values = dict(zip(inner, session.run(inner, feed), strict=True)) if inner else {}
+            values |= {name: feed[name] for name in ranges.names if name in known}
+            if not all(np.isfinite(value).all() for value in values.values()):
+                raise InputError("target onnxruntime: activations are not finite on the calibration data")
+            ranges.add(values)
+    finally:
+        watching.unlink()
+    return ranges.largest

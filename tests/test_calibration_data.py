@@ -1,0 +1,241 @@
+"""Data sources: what each kind gives, what is odd about it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from edgewise import demos
+from edgewise.calibration.data import Port, open_source
+from edgewise.calibration.samples import Samples, calibration_and_held_out, spread, survey
+from edgewise.errors import InputError
+
+PIXELS = {"pixel_values": Port((1, 3, 16, 16), "float32")}
+WAVES = {"input_values": Port((1, 800), "float32")}
+PROCESSOR = {
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 16, "width": 16}, "resample": 2,
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.4] * 3, "image_std": [0.3] * 3,
+}  # fmt: skip
+
+
+def picture(path: Path, seed: int = 0, size: tuple[int, int] = (20, 24)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def every(src: object, ports: dict[str, Port] = PIXELS, **known: object) -> Samples:
+    source = open_source(src, ports, PROCESSOR, **known)  # type: ignore[arg-type]
+    return survey(source, ports, range(len(source)))
+
+
+def test_a_folder_goes_through_the_models_own_processor(tmp_path: Path) -> None:
+    from transformers import ViTImageProcessorPil
+
+    paths = [picture(tmp_path / f"{name}.png", i) for i, name in enumerate("cab")]
+    (tmp_path / "notes.txt").write_text("no picture")
+    samples = every(tmp_path)
+    own = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.4] * 3, image_std=[0.3] * 3)
+    for feed, path in zip(samples, sorted(paths), strict=True):
+        wanted = own(Image.open(path), return_tensors="np")["pixel_values"]
+        assert np.array_equal(feed["pixel_values"], wanted)
+    assert samples.labels is None and "1 other files" in samples.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "constants"),
+    [
+        ("ViTImageProcessor", {"size": {"height": 16, "width": 16}, "resample": 3}),
+        ("CLIPImageProcessor", {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}, "resample": 3}),
+    ],
+)
+def test_the_processor_and_its_constants_agree(tmp_path: Path, kind: str, constants: dict[str, object]) -> None:
+    """Where transformers is not installed, the constants alone have to give nearly the same pixels."""
+    path = picture(tmp_path / "a.png", size=(33, 47))
+    processor = {**PROCESSOR, **constants, "do_center_crop": "crop_size" in constants}
+    arrays = []
+    for name in (kind, "unknown"):
+        source = open_source(tmp_path, PIXELS, {**processor, "image_processor_type": name})
+        arrays.append(source.read(0).inputs["pixel_values"])
+    assert path.is_file() and np.abs(arrays[0] - arrays[1]).max() < 0.02
+
+
+def test_a_folder_for_each_class(tmp_path: Path) -> None:
+    for i, name in enumerate(("dog", "cat", "cat", "bird")):
+        picture(tmp_path / name / f"{i}.png", i)
+    assert every(tmp_path, classes={0: "cat", 1: "dog", 2: "bird"}).labels.tolist() == [2, 0, 0, 1]  # type: ignore[union-attr]
+    unknown = every(tmp_path)
+    assert unknown.labels.tolist() == [0, 1, 1, 2] and "alphabetical" in unknown.notes[0]  # type: ignore[union-attr]
+    with pytest.raises(InputError, match=r"unknown class .* 'bird'"):
+        open_source(tmp_path, PIXELS, PROCESSOR, {0: "cat", 1: "dog"})
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_manifest(tmp_path: Path, suffix: str) -> None:
+    rows = [{"file": f"pics/{i}.png", "label": i % 2, "text": f"a picture, {i}"} for i in range(4)]
+    for i in range(4):
+        picture(tmp_path / f"pics/{i}.png", i)
+    if suffix == ".jsonl":
+        text = "\n".join(map(json.dumps, rows)) + "\n\n"
+    else:
+        mark = "," if suffix == ".csv" else "\t"
+        text = mark.join(rows[0]) + "\n" + "\n".join(mark.join(f'"{v}"' for v in row.values()) for row in rows)
+    (tmp_path / f"m{suffix}").write_text(text)
+    samples = every(tmp_path / f"m{suffix}")
+    assert samples.labels.tolist() == [0, 1, 0, 1] and samples.texts[3] == "a picture, 3"  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("m.csv", "", "lists no samples"),
+        ("m.csv", "picture,label\na.png,1\n", "no column 'file'"),
+        ("m.csv", "file,label\na.png,1,2\n", "line 2: the line has another number of columns"),
+        ("m.csv", "file,label\na.png,-1\n", "the label '-1' is no class number"),
+        ("m.csv", "file,label\na.png,ct\n", "unknown class at .* did you mean 'cat'"),
+        ("m.jsonl", '{"file": "a.png", "label": 1.5}\n', "the label 1.5 is no class number"),
+        ("m.jsonl", '{"file": \n', "line 1 is not JSON"),
+        ("m.jsonl", "[1]\n", "no JSON object"),
+        ("m.txt", "a.png", "data is read from folders"),
+    ],
+)
+def test_manifests_that_are_refused(tmp_path: Path, name: str, text: str, words: str) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=words):
+        open_source(tmp_path / name, PIXELS, PROCESSOR, {0: "cat", 1: "dog"})
+
+
+def test_bad_files_are_counted_and_named(tmp_path: Path) -> None:
+    for i in range(10):
+        picture(tmp_path / f"{i}.png", i)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    samples = every(tmp_path)
+    assert samples.count == 9 and 3 not in samples.indices
+    (note,) = samples.notes
+    assert "1 of 10 samples were left out" in note and "3.png" in note
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"5 of 10 samples cannot be used, more than 20%: .*0\.png.*and 2 more"):
+        every(tmp_path)
+
+
+def test_one_sample_and_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no image files"):
+        open_source(tmp_path, PIXELS, PROCESSOR)
+    picture(tmp_path / "a.png")
+    made, _ = calibration_and_held_out(open_source(tmp_path, PIXELS, PROCESSOR), PIXELS, 128)
+    assert made.count == 1 and "statistics of 1 samples are rough" in made.notes[-1]
+    with pytest.raises(InputError, match="one sample, and an accuracy needs others"):
+        calibration_and_held_out(open_source(tmp_path, PIXELS, PROCESSOR), PIXELS, 128, 10)
+
+
+def test_recordings_are_resampled(tmp_path: Path) -> None:
+    for i, rate in enumerate((8000, 8000, 16000)):
+        wave = np.sin(np.arange(rate // 10) * 2 * np.pi * 440 / rate) * 0.5
+        soundfile.write(tmp_path / f"{i}.wav", wave, rate)
+    source = open_source(tmp_path, WAVES, {"sampling_rate": 8000})
+    samples = survey(source, WAVES, range(3))
+    assert samples.notes == (f"{tmp_path}: 1 of 3 samples were resampled from 16000 to 8000 Hz",)
+    a, b = (source.read(i).inputs["input_values"] for i in (0, 2))
+    assert np.abs(a - b)[100:-100].max() < 0.02
+
+
+def test_videos(tmp_path: Path) -> None:
+    """A video file, and a folder of its frames."""
+    import av
+
+    ports = {"pixel_values": Port((1, 4, 3, 16, 16), "float32")}
+    frames = [np.full((32, 32, 3), 60 * i, np.uint8) for i in range(4)]
+    with av.open(str(tmp_path / "b.mkv"), "w") as file:
+        stream = file.add_stream("ffv1", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv444p"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    (tmp_path / "a").mkdir()
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / "a" / f"{i}.png")
+    a, b = (feed["pixel_values"] for feed in every(tmp_path, ports))
+    assert a.shape == (1, 4, 3, 16, 16) and np.abs(a - b).max() < 0.1
+    assert np.all(np.diff(a.mean((0, 2, 3, 4))) > 0.5)
+
+
+def test_arrays(tmp_path: Path) -> None:
+    arrays = {"pixel_values": np.zeros((5, 3, 16, 16), np.float32), "labels": np.arange(5)}
+    np.savez(tmp_path / "d.npz", texts=np.array(list("abcde")), **arrays)
+    samples = every(tmp_path / "d.npz")
+    assert samples.labels.tolist() == list(range(5)) and samples.texts == tuple("abcde")  # type: ignore[union-attr]
+    arrays["pixel_values"][2, 0, 0, 0] = np.nan
+    assert "left out: sample 2 of the data: pixel_values holds NaN" in every(arrays).notes[0]
+    for change, words in (
+        ({"labels": np.arange(4)}, "different numbers of samples"),
+        ({"labels": np.zeros(5)}, "whole numbers"),
+        ({"pixel_values": np.zeros((5, 3, 8, 8), np.float32)}, r"takes \(3, 16, 16\)"),
+        ({"pixel_values": np.zeros((5, 3, 16, 16), complex)}, "is complex128"),
+        ({"pixel_values": np.zeros((0, 3, 16, 16)), "labels": np.zeros(0, int)}, "has no samples"),
+    ):
+        with pytest.raises(InputError, match=words):
+            open_source({**arrays, **change}, PIXELS)
+
+
+def test_iterables() -> None:
+    one = np.ones((3, 16, 16), np.float32)
+    assert every(one * i for i in range(3)).count == 3
+    pairs = every([({"pixel_values": one[None]}, 1), ({"pixel_values": one}, 0)])
+    assert pairs.labels.tolist() == [1, 0]  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="none of 1 samples can be used: item 0 of the data: pixel_values has shape"):
+        every([one[:1]])
+    for src, words in (([], "no samples"), (3, "int is no data"), ([(one, 1, 2)], "is a tuple")):
+        with pytest.raises(InputError, match=words):
+            open_source(src, PIXELS)
+
+
+def test_a_demo() -> None:
+    ports = {"pixel_values": Port((1, 1, 56, 56), "float32")}
+    source = open_source("demo:digits", ports)
+    made, held_out = calibration_and_held_out(source, ports, 100, 50)
+    assert made.count == 100 and held_out is not None and held_out.count == 50
+    assert not set(made.indices) & set(held_out.indices)
+    assert held_out.labels.tolist() == demos.split("digits").labels[list(held_out.indices)].tolist()  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="did you mean 'digits'"):
+        open_source("demo:digit", ports)
+
+
+def test_the_digest_is_of_the_data() -> None:
+    arrays = {"pixel_values": np.random.default_rng(0).random((4, 3, 16, 16)).astype(np.float32)}
+    assert every(arrays).digest == every(dict(arrays)).digest
+    other = arrays["pixel_values"].copy()
+    other[3, 2, 1, 0] += 1e-6
+    assert every({"pixel_values": other}).digest != every(arrays).digest
+    assert every({**arrays, "labels": np.zeros(4, int)}).digest != every(arrays).digest
+
+
+def test_spread_and_batches() -> None:
+    assert spread(10, 4) == [0, 3, 6, 9] and spread(3, 9) == [0, 1, 2] and spread(7, 1) == [0]
+    ports = {"x": Port((4, 1), "float32")}
+    source = open_source({"x": np.arange(6, dtype=np.float32)[:, None]}, ports)
+    samples = survey(source, ports, range(6))
+    assert len(samples) == 2 and [feed["x"][:, 0].tolist() for feed in samples] == [[0, 1, 2, 3], [4, 5, 5, 5]]
+
+
+def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
+    peaks = []
+    for count in (10, 40):
+        for i in range(count):
+            picture(tmp_path / str(count) / f"{i}.png", i)
+        ports = {"pixel_values": Port((1, 3, 128, 128), "float32")}
+        source = open_source(tmp_path / str(count), ports, {})
+        source.read(0)  # what is loaded once
+        tracemalloc.start()
+        for _ in survey(source, ports, range(count)):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
