@@ -95,6 +95,14 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
         edgewise.export(model, tmp_path / "b", example=example, prompt_tokens=10, new_tokens=4)
 
 
+def test_a_window_shorter_than_the_text_is_refused(tmp_path: Path) -> None:
+    model, example = make("gemma3")
+    model.get_decoder().config.sliding_window = 60
+    with pytest.raises(InputError, match=r"attend to 60 tokens at a time.*--prompt-tokens"):
+        edgewise.export(model, tmp_path / "b", example=example, prompt_tokens=10, new_tokens=64)
+    assert not (tmp_path / "b").exists()
+
+
 def test_options_of_pipelines_are_for_pipelines(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="prompt-tokens"):
         edgewise.export(nn.Linear(2, 2), tmp_path / "b", example=(torch.ones(1, 2),), prompt_tokens=4)

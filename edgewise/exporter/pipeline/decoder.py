@@ -13,6 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from edgewise.errors import InputError
+
 _ATTENTION = "edgewise"
 
 
@@ -84,3 +86,17 @@ def _attend(
             logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)
         out = torch.softmax(logits, dim=-1) @ value
     return out.transpose(1, 2).contiguous(), None
+
+
+def check_windows(config: Any, tokens: int) -> None:
+    """Refuse a decoder in which a layer sees fewer tokens at once than a text may have (`tokens`, those of media included): the
+    masks here show every layer all of them."""
+    kinds = getattr(config, "layer_types", None)
+    sliding, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    windows = [sliding] if sliding and (kinds is None or "sliding_attention" in kinds) else []
+    windows += [chunk] if chunk and "chunked_attention" in (kinds or ()) else []
+    if windows and min(windows) < tokens:
+        raise InputError(
+            f"layers of the decoder attend to {min(windows)} tokens at a time, and image, prompt and new tokens may come to "
+            f"{tokens}: ask for less with --prompt-tokens and --new-tokens"
+        )

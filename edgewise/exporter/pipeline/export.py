@@ -13,6 +13,7 @@ from edgewise.bundle.manifest import Manifest
 from edgewise.bundle.pipeline import Pipeline
 from edgewise.errors import InputError, Refused
 from edgewise.exporter.export import Job
+from edgewise.exporter.pipeline.decoder import check_windows
 from edgewise.exporter.pipeline.language import describe_text, eos_ids
 from edgewise.exporter.pipeline.parts import Build, cache_layers, run, source_of
 from edgewise.exporter.pipeline.seam import Prompt, Seam, caches, decode_position, learn, random_prompt
@@ -73,6 +74,7 @@ class _Build(Build):
         program = self.component("vision_encoder", encoder, vision_specs)
         visuals = [run(program, {"pixel_values": one})["visual"] for one in self._some(encoder, pixels)]
         count = visuals[0].shape[1]
+        check_windows(model.get_decoder().config, seam.offsets.shape[1] + bucket + room)  # type: ignore[operator]
         if count != seam.offsets.shape[1]:
             seam = replace(seam, offsets=torch.arange(count)[None].numpy(), advance=count)
         prompts = [random_prompt(model, image, bucket, n, recipe.seed + n) for n in (bucket, max(1, bucket // 2), 1)]
