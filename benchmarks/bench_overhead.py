@@ -127,9 +127,9 @@ def _theirs(program: str, model: Path, seconds: float) -> float:
     ]
     command += ["-infer_precision", "f32", "-nthreads", "1", "-nireq", "1", "-nstreams", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.search(r"Median:\s+([\d.]+) ms", done.stdout)
+    found = re.search(r"Median:\s+([\d.]+) (ms|us)", done.stdout)
     assert found, done.stdout
-    return float(found.group(1))
+    return float(found.group(1)) / (1000 if found.group(2) == "us" else 1)
 
 
 def main() -> None:
