@@ -183,6 +183,7 @@ def test_every_part_of_the_key_is_a_miss(tmp_path: Path, monkeypatch: pytest.Mon
         "input_shapes": {"pixel_values": (1, 1, 56, 56)},
         "batch": 2,
         "seed": 1,
+        "calibration": "demo:digits",
     }
     for name in Recipe.model_fields:
         miss(name, recipe.model_copy(update={name: changes.get(name, 7)}))
@@ -213,6 +214,20 @@ def test_every_part_of_the_key_is_a_miss(tmp_path: Path, monkeypatch: pytest.Mon
         patched.setattr(key.platform, "machine", lambda: "riscv64")
         miss("machine")
     assert Keys().of(recipe) in known and known[Keys().of(recipe)] == "a new file"
+
+
+@pytest.mark.parametrize("data", ["pictures", "pictures/list.csv", "arrays.npz"])
+def test_data_is_part_of_the_key(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is below a folder, and what a manifest names beside it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for name in ("pictures/a.png", "pictures/list.csv", "arrays.npz"):
+        (tmp_path / name).write_bytes(b"one")
+    recipe = Recipe(model="demo:digits", targets=("onnxruntime",), precision="w8a8", calibration=data)
+    before = Keys().of(recipe)
+    assert Keys().of(recipe) == before
+    (tmp_path / ("arrays.npz" if data == "arrays.npz" else "pictures/a.png")).write_bytes(b"two")
+    assert Keys().of(recipe) != before
 
 
 HELPED = """

@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from edgewise import targets
-from edgewise.exporter.identity import code_digest, model_digest, values_digest
+from edgewise.exporter.identity import code_digest, data_digest, model_digest, values_digest
 from edgewise.exporter.recipe import Recipe
 from edgewise.version import __version__
 
@@ -80,6 +80,7 @@ class Keys:
             "recipe": asked,
             "model": self._models[known],
             "files": values_digest({k: v for k, v in asked.items() if k != "model"}),
+            "data": data_digest(recipe.calibration),
             "tools": self._tools[kind],
             "code": code_digest(),
             "machine": platform.machine(),

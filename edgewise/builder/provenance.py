@@ -25,9 +25,10 @@ def provenance(
 ) -> dict[str, Any]:
     """The statement of a bundle. `parts`: what its key is made of; `packages`: versions; `checkout`: see `source`."""
     digests = {MANIFEST_NAME: hashlib.sha256(dump(manifest)).hexdigest(), **{k: v.sha256 for k, v in manifest.files.items()}}
+    files = {**parts["files"], **parts["data"]}
     given = [
         {"uri": manifest.model.source, "digest": {"sha256": parts["model"]}, "name": "model"},
-        *({"uri": file, "digest": {"sha256": digest}, "name": "file"} for file, digest in parts["files"].items()),
+        *({"uri": file, "digest": {"sha256": digest}, "name": "file"} for file, digest in files.items()),
         {"uri": f"pkg:pypi/edgewise@{__version__}", "digest": {"sha256": parts["code"]}, "name": "edgewise"},
         *({"uri": purl(package, version)} for package, version in sorted(packages.items())),
     ]

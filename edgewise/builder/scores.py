@@ -12,7 +12,7 @@ from edgewise import targets
 from edgewise.bundle import Manifest
 from edgewise.bundle.manifest import dump
 from edgewise.exporter.cache import default_root
-from edgewise.exporter.identity import code_digest, values_digest
+from edgewise.exporter.identity import code_digest, data_digest
 
 
 class Scores:
@@ -23,7 +23,7 @@ class Scores:
         named = sorted({artifact.target for artifact in manifest.targets})
         parts = {
             "bundle": hashlib.sha256(dump(manifest)).hexdigest(),
-            "data": [data, values_digest(data)],
+            "data": [data, data_digest(data)],
             "runtimes": {name: targets.get(name).versions(runtime_only=True) for name in named},
             "threads": threads,
             "code": code_digest(),

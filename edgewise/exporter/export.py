@@ -203,8 +203,8 @@ def export(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         seed=seed,
-        calib=str(wish.data) if isinstance(wish.data, (str, os.PathLike)) else None,
-        calib_samples=wish.samples,
+        calibration=str(wish.data) if isinstance(wish.data, (str, os.PathLike)) else None,
+        calibration_samples=wish.samples,
         skip_quant=wish.skip,
         max_drop=drop,
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewise import demos
+from edgewise.calibration.files import MANIFESTS
 from edgewise.errors import InputError, extras_named
 
 _CHUNK = 1 << 20
@@ -78,6 +79,14 @@ def values_digest(values: Any) -> dict[str, str]:
             elif os.sep in word and Path(word).is_dir():
                 found[word] = path_digest(Path(word))
     return dict(sorted(found.items()))
+
+
+def data_digest(data: str | None) -> dict[str, str]:
+    """The digest of the data of this name. A manifest names files beside it, so that its whole folder counts."""
+    if data is None or data.startswith("demo:") or not Path(data).exists():
+        return values_digest(data)
+    path = Path(data)
+    return {data: path_digest(path.absolute().parent if path.suffix.lower() in MANIFESTS else path)}
 
 
 def _texts(values: Any) -> Iterator[str]:

@@ -23,8 +23,8 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_several)]
 
 class Recipe(Strict):
     """What is asked of an export: one bundle. `input_shapes` by input name; `devices` that artifacts are built for ahead of time;
-    `prompt_tokens`, `new_tokens` of a generative model (None: the default); `calib` (data by name), `calib_samples`, `skip_quant`
-    (patterns of layers) and `max_drop` of the quantisation.
+    `prompt_tokens`, `new_tokens` of a generative model (None: the default); `calibration` (data by name),
+    `calibration_samples`, `skip_quant` (patterns of layers) and `max_drop` of the quantisation.
 
     The fields have the names of the arguments of `edgewise.export`, and `recipe.yaml` in a bundle holds all of them.
     """
@@ -39,8 +39,8 @@ class Recipe(Strict):
     prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     new_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
-    calib: str | None = None
-    calib_samples: Annotated[int, Field(ge=1)] = 128
+    calibration: str | None = None
+    calibration_samples: Annotated[int, Field(ge=1)] = 128
     skip_quant: Words = ()
     max_drop: Annotated[float, Field(ge=0, lt=1)] | None = None
 
