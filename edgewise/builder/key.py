@@ -25,7 +25,7 @@ def tools(recipe: Recipe) -> dict[str, str]:
     """Versions of edgewise, Python and the packages that make a bundle, by name. A Python factory may use any package."""
     names = installed() if recipe.model.startswith("py:") else {name: version(name) for name in _TOOLS}
     for target in recipe.targets:
-        names |= targets.get(target).versions()
+        names |= targets.get(target).versions(precision=recipe.precision)
     python = {"edgewise": __version__, "python": platform.python_version()}
     return dict(sorted({**{k: v for k, v in names.items() if v is not None}, **python}.items()))
 
@@ -72,7 +72,7 @@ class Keys:
             remote = self._flags["trust_remote_code"]
             self._models[known] = model_digest(recipe.model, shapes, seed, trust_remote_code=remote)
         # Reading the versions of installed packages takes longer than all the rest.
-        kind = (recipe.model.partition(":")[0] if recipe.model.startswith("py:") else "", *recipe.targets)
+        kind = (recipe.model.partition(":")[0] if recipe.model.startswith("py:") else "", recipe.precision, *recipe.targets)
         if kind not in self._tools:
             self._tools[kind] = tools(recipe)
         asked = recipe.model_dump(mode="json")
