@@ -376,5 +376,5 @@ def test_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
     assert said.code == 0, said.err
     assert "25 of 26 layers quantised, 1 left out as asked; accuracy on 328 held-out samples" in " ".join(said.out.split())
     recipe = (out / "recipe.yaml").read_text()
-    assert "calib: demo:digits" in recipe and "max_drop: 0.01" in recipe and "- classifier" in recipe
+    assert "calibration: demo:digits" in recipe and "max_drop: 0.01" in recipe and "- classifier" in recipe
     cli("export", "demo:digits", "-o", tmp_path / "d", "--calib", "demo:digits").refused("takes no calibration data")
