@@ -13,10 +13,6 @@ from conftest import TINY
 import edgewise
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
-pytestmark = pytest.mark.skipif(
-    os.environ.get("EDGEWISE_TEST_CLUSTER") != "1",
-    reason="Ray takes minutes to give a lost node up: set EDGEWISE_TEST_CLUSTER=1",
-)
 
 DRIVER = """
 import json, os, sys, threading, time

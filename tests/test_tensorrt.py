@@ -95,19 +95,12 @@ def test_programs(name: str, tmp_path: Path) -> None:
 
 
 def test_every_method_is_here() -> None:
-    assert set(METHODS) == set(ALL_METHODS) and set(METHODS) >= BUILT
-
-
-BUILT = {
-    *("tome", "topk", "pool", "divprune", "cdpruner", "dpcknn"),
-    *("visionzip", "fastv", "sparsevlm", "evs", "framefusion", "resampler"),
-}
-"""Methods of which engines are built here, which takes long: each has ops that the others have not."""
+    assert set(METHODS) == set(ALL_METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(name: str, tmp_path: Path) -> None:
-    """Each method as a graph of its own: the numbers, what lint says, and NVIDIA's parser and builder where they are at hand."""
+    """Each method as a graph of its own: the numbers, what lint says, and an engine where NVIDIA's builder is at hand."""
     for batch, precision, limit in ((2, "fp32", 1e-5), (1, "fp16", 1e-2)):
         model, x = tensorrt_cases.method(name, batch)
         x = x.half().float()  # so that inputs that are equal in half precision are equal here
@@ -122,8 +115,6 @@ def test_methods(name: str, tmp_path: Path) -> None:
             errors = compare(expected, session.run({"i0": x.numpy()})["o0"])
         assert errors.relative is not None and errors.relative <= limit, (precision, batch, errors)
     if rtx.installed():
-        assert rtx.parse(path) > 0
-    if rtx.installed() and name in BUILT:
         assert rtx.build(path, "sm86")[0].stat().st_size > 10_000
 
 

@@ -5,7 +5,16 @@ import torch
 from torch import Tensor
 
 from edgewise.ops import order
-from edgewise.passes.realisations import FREE, REALISATIONS, TOPK, descending_rank, finite, place_by_rank, realisation
+from edgewise.passes.realisations import (
+    FREE,
+    REALISATIONS,
+    TOPK,
+    column,
+    descending_rank,
+    finite,
+    place_by_rank,
+    realisation,
+)
 
 REALISATIONS["order_tokens"] = {"scatter": order.order_tokens._init_fn}
 
@@ -17,5 +26,5 @@ def _(score: Tensor, keep: int) -> Tensor:
 
 @realisation("order_tokens", FREE)
 def _(score: Tensor, keep: int) -> Tensor:
-    index = torch.arange(score.shape[1], device=score.device, dtype=torch.float32)[None, :, None]
+    index = column(torch.arange(score.shape[1], device=score.device), score.shape[0])
     return place_by_rank(descending_rank(finite(score)[:, :, None]), keep, index).to(torch.int64)

@@ -55,10 +55,16 @@ def one_hot(index: Tensor, count: int) -> Tensor:
 
 
 def place_by_rank(rank: Tensor, wanted: int, value: Tensor) -> Tensor:
-    """`value (B or 1, N, 1)` reordered by `rank (B, N)`, of which the places 0 to `wanted` - 1 are taken: `(B, wanted)`."""
+    """`value (B, N, 1)` reordered by `rank (B, N)`, of which the places 0 to `wanted` - 1 are taken: `(B, wanted)`."""
     places = torch.arange(wanted, device=rank.device, dtype=torch.float32)
     chosen = (rank[:, None, :] == places[None, :, None]).to(torch.float32)
     return (chosen @ value)[:, :, 0]
+
+
+def column(values: Tensor, batch: int) -> Tensor:
+    """Constant `values (N)` as `(batch, N, 1)`, for `place_by_rank`. They are repeated for each sample, because NVIDIA's builder
+    (TensorRT-RTX 1.7) does not come back from some products that broadcast a constant."""
+    return values.to(torch.float32)[None, :, None].expand(batch, -1, -1)
 
 
 def rank_among(flags: Tensor) -> Tensor:
@@ -123,7 +129,7 @@ def _(metric: Tensor, r: int, protected: int, padding: Tensor | None = None) -> 
     partner = torch.where(scores == best, place, float(scores.shape[-1])).amin(dim=-1, keepdim=True)
     rank = descending_rank(best)
     rows, _ = match.protected_split(protected)
-    even = torch.arange(2 * rows, metric.shape[1], 2, device=metric.device, dtype=torch.float32)[None, :, None]
+    even = column(torch.arange(2 * rows, metric.shape[1], 2, device=metric.device), metric.shape[0])
     # Where A stays in order, merged tokens get a rank that no place has.
     rest_rank = rank_among((rank >= r).to(torch.float32)) if protected else rank - r
     unmerged = place_by_rank(rest_rank, scores.shape[1] - r, even)
@@ -212,7 +218,7 @@ def _(x: Tensor, kept: Tensor, dim: int, prefix: int) -> Tensor:
 def _(score: Tensor, keep: int, protected: int) -> Tensor:
     free = finite(score[:, protected:])
     chosen = (descending_rank(free[:, :, None]) < keep).to(torch.float32)
-    index = torch.arange(protected, score.shape[1], device=score.device, dtype=torch.float32)[None, :, None]
+    index = column(torch.arange(protected, score.shape[1], device=score.device), score.shape[0])
     best = place_by_rank(rank_among(chosen), keep, index).to(torch.int64)
     return torch.cat([torch.arange(protected, device=score.device).expand(score.shape[0], -1), best], dim=1)
 
