@@ -289,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--tower-steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--start", type=Path, help="go on from the folder of an earlier run, with its tower as it is")
     parser.add_argument("--done", type=int, default=0, help="steps of the second stage that the earlier run made")
     parser.add_argument("--seed", type=int, default=0)
