@@ -16,6 +16,7 @@ from conftest import TINY, Cli
 
 import edgewise
 from edgewise.builder import build as builder
+from edgewise.builder import key
 from edgewise.builder.build import Planned, build, plan, select
 from edgewise.builder.key import Keys
 from edgewise.builder.processes import build_all
@@ -295,6 +296,26 @@ assert key() == keys[-1]
     assert done.returncode == 0, done.stderr
 
 
+def test_copies_inside_a_package_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray and setuptools put folders of their own copies on the path once they are imported: in one process, not in another."""
+
+    def found(*folders: Path) -> dict[str, str | None]:
+        key._installed.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "path", [*map(str, folders), *sys.path])
+            return key.installed()
+
+    library = tmp_path / "site-packages"
+    for folder, name in ((library, "ours-1.0"), (library / "ray" / "thirdparty", "copied-2.0"), (tmp_path / "more", "added-3.0")):
+        (folder / f"{name}.dist-info").mkdir(parents=True)
+    before = found(library)
+    assert before["ours"] == "1.0" and "numpy" in before
+    monkeypatch.setattr(key.sysconfig, "get_path", lambda kind: str(library))
+    assert found(library / "ray" / "thirdparty", library) == before
+    assert found(tmp_path / "more", library) == {**before, "added": "3.0"}
+    key._installed.cache_clear()
+
+
 def test_what_changes_while_it_is_built_is_not_remembered(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     entries = read_recipes(recipe).entries[:1]
@@ -353,27 +374,34 @@ def child():
         os._exit(0 if "failed" not in once() else 1)
     return pid
 
-start = time.perf_counter()
 first = once()
-longest = time.perf_counter() - start
 assert set(first) == {"built"}, first
 good = build_kills.files(builder.out)
 builder.clear()
-killed = found = 0
-for number in range(kills):
+# The first build also warms up: how long one takes is learned from those that end.
+start = time.perf_counter()
+assert set(once()) == {"built"}
+longest = time.perf_counter() - start
+builder.clear()
+killed = tries = 0
+while killed < kills:
+    tries += 1
+    assert tries < 10 * kills, "builds end before they are killed"
+    start = time.perf_counter()
     pid = child()
     time.sleep(chance.uniform(0, longest))
     os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     killed += os.WIFSIGNALED(status)
     assert os.WIFSIGNALED(status) or status == 0
-    found += build_kills.check(builder, good)
-    if number == kills - 1:
-        once()
-        assert build_kills.files(builder.out) == good
-        assert set(once()) == {"current"}
+    build_kills.check(builder, good)
+    if not os.WIFSIGNALED(status):
+        longest = min(longest, time.perf_counter() - start)
         builder.clear()
-print(killed, found)
+once()
+assert build_kills.files(builder.out) == good
+assert set(once()) == {"current"}
+print(killed)
 """
 
 
@@ -396,7 +424,7 @@ def test_a_killed_build_leaves_nothing_broken(tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, f"seed {seed}: {done.stdout}{done.stderr}"
-    assert int(done.stdout.split()[0]) >= kills // 2
+    assert int(done.stdout) == kills
 
 
 def test_the_engine_is_the_processes_one() -> None:

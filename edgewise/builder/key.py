@@ -8,8 +8,10 @@ import os
 import platform
 import re
 import sys
+import sysconfig
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from edgewise import targets
@@ -41,7 +43,11 @@ def version(package: str) -> str | None:
 @cache
 def _installed() -> tuple[tuple[str, str], ...]:
     found = {}
+    libraries = {os.path.realpath(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
     for folder in reversed(sys.path):
+        # Ray, once imported, puts copies of packages that lie inside of it on the path.
+        if libraries & {str(parent) for parent in Path(os.path.realpath(folder)).parents}:
+            continue
         names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
         for name in sorted(names):
             match = re.fullmatch(r"(.+?)-([^-]+)\.(?:dist|egg)-info", name)
