@@ -36,6 +36,10 @@ def bundles(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
 
 
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
 class Builder:
     """Builds the recipe in `folder`, into `out`, with a cache of its own."""
 
@@ -87,6 +91,8 @@ def check(builder: Builder, good: dict[str, bytes]) -> int:
 def run(folder: Path, tiny: str, kills: int, seed: int) -> dict[str, int]:
     """Kill builds `kills` times: all of a build, its parent, or one of its processes. Every tenth time the build is resumed, and
     then starts from nothing again."""
+    from edgewise.exporter.cache import DEFAULT_LIMIT, tidy
+
     chance = random.Random(seed)
     builder = Builder(folder, tiny)
     start = time.perf_counter()
@@ -94,7 +100,7 @@ def run(folder: Path, tiny: str, kills: int, seed: int) -> dict[str, int]:
     longest = time.perf_counter() - start
     assert set(before.values()) == {"built"}, before
     good = files(builder.out)
-    counts = {"kills": 0, "late": 0, "found": 0, "resumed": 0}
+    counts = {"kills": 0, "late": 0, "found": 0, "resumed": 0, "swept": 0}
     builder.clear()
     for number in range(kills):
         process = builder.start()
@@ -116,7 +122,10 @@ def run(folder: Path, tiny: str, kills: int, seed: int) -> dict[str, int]:
             statuses = builder.finish(builder.start())
             counts["resumed"] += sum(status != "built" for status in statuses.values())
             assert files(builder.out) == good
-            left = [p.name for p in builder.out.iterdir() if p.name.startswith(".")]
+            left = hidden(builder.out)
+            counts["swept"] += len(hidden(builder.cache) + hidden(builder.cache / "bundles"))
+            tidy(builder.cache, DEFAULT_LIMIT)  # as the next entry would
+            left += hidden(builder.cache) + hidden(builder.cache / "bundles")
             assert not left, left
             assert set(builder.finish(builder.start("--dry-run")).values()) == {"current"}
             builder.clear()

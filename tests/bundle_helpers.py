@@ -77,6 +77,10 @@ def list_file(bundle: Path, name: str) -> None:
     edit(bundle, lambda document: document["files"].update({name: entry}))
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     """The contents of all files below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -11,16 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bundle_helpers import build, edit, make, manifest, snapshot
+from bundle_helpers import build, edit, make, manifest, names, snapshot
 
 from edgewise.bundle import Bundle, Manifest, write_bundle, writer
+from edgewise.bundle.temporary import hold
 from edgewise.errors import InputError
 
 HERE = Path(__file__).parent
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_bundle_is_written_and_opens(tmp_path: Path) -> None:
@@ -226,7 +223,7 @@ def test_left_overs_of_dead_writers_are_removed(tmp_path: Path) -> None:
     unrelated = [".out.notes.tmp", ".out.0123456789ab.txt", ".other.0123456789ab.lock", ".out.short.lock"]
     for name in unrelated:
         (tmp_path / name).touch()
-    held = writer._hold(tmp_path / f"{alive}.lock")
+    held = hold(tmp_path / f"{alive}.lock")
     assert held is not None
     make(tmp_path / "out")
     os.close(held)

@@ -10,33 +10,42 @@ from edgewise.bundle import Bundle, Manifest, write_bundle
 from edgewise.bundle.manifest import MANIFEST_NAME, dump
 from edgewise.bundle.reader import read_manifest
 from edgewise.errors import InputError
-from edgewise.exporter.cache import default_root
+from edgewise.exporter.cache import BUNDLES, default_root, limit, tidy, touch
 
 
 class Store:
     """A folder of bundles, each in a folder named by its key, published whole; every digest is checked when one is used."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = (root or default_root()) / "bundles"
+        self.cache = root or default_root()
+        self.root = self.cache / BUNDLES
+        self.limit = limit()
 
     def knows(self, key: str) -> Manifest | None:
         """The manifest of the bundle with this key, as far as it can be read."""
         try:
-            return read_manifest(self.root / key)
+            manifest = read_manifest(self.root / key)
         except InputError:
             return None
+        touch(self.root / key)
+        return manifest
 
     def fetch(self, key: str, out: Path) -> Bundle | None:
         """Copy the bundle with this key to `out`; None if there is none, or it is damaged."""
         try:
+            touch(self.root / key)
             bundle = Bundle.open(self.root / key)
         except InputError:
             return None
-        return copy(bundle, out)
+        try:
+            return copy(bundle, out)
+        except FileNotFoundError:  # another process took the entry away meanwhile
+            return None
 
     def remember(self, key: str, bundle: Bundle) -> None:
         """Keep a bundle. Having no room or no permission for it is no reason to fail."""
         try:
+            tidy(self.cache, self.limit)
             copy(bundle, self.root / key)
         except (InputError, OSError):
             return

@@ -13,21 +13,14 @@ import json
 import os
 import shutil
 import sys
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from edgewise.bundle.manifest import FORMAT, MANIFEST_NAME, MAX_MANIFEST_BYTES, FileInfo, Manifest, dump
 from edgewise.bundle.reader import Bundle, digest, read_bytes, walk
+from edgewise.bundle.temporary import OLD, TMP, sweep, temporary
 from edgewise.errors import InputError
-
-# Beside a bundle `name`, its writer keeps `.name.TOKEN.lock`, `.name.TOKEN.tmp` and, where the system cannot
-# swap two names, `.name.TOKEN.old.tmp`.
-_LOCK = ".lock"
-_TMP = ".tmp"
-_OLD = ".old.tmp"
-_TOKEN = 12
 
 
 def write_bundle(out: str | os.PathLike[str], build: Callable[[Path], Manifest]) -> Bundle:
@@ -45,14 +38,16 @@ def write_bundle(out: str | os.PathLike[str], build: Callable[[Path], Manifest])
     _check_place(place)
     with _parents(place):
         with _explained(place.parent):
-            _sweep(place)
+            sweep(place.parent, place.name)
         manifest = _build(place, build)
     return Bundle(place, manifest)
 
 
 def _build(place: Path, build: Callable[[Path], Manifest]) -> Manifest:
     """Build beside `place`, seal and publish."""
-    with _temporary(place) as folder:
+    with ExitStack() as stack:
+        with _explained(place):
+            folder = stack.enter_context(temporary(place))
         with _explained(place, folder, only_ours=True):
             manifest = build(folder)
         with _explained(place, folder):
@@ -151,7 +146,7 @@ def _publish(folder: Path, place: Path) -> None:
             old = folder
         else:
             # No exchange on this system: between the two renames there is no bundle at `place`, never a part.
-            old = folder.with_name(folder.name.removesuffix(_TMP) + _OLD)
+            old = folder.with_name(folder.name.removesuffix(TMP) + OLD)
             os.rename(place, old)
             try:
                 os.rename(folder, place)
@@ -210,76 +205,6 @@ def _parents(place: Path) -> Iterator[None]:
             for parent in reversed(made):
                 parent.rmdir()
         raise
-
-
-@contextmanager
-def _temporary(place: Path) -> Iterator[Path]:
-    """Make a temporary folder beside `place`, with a lock that says that its writer lives."""
-    with _explained(place):
-        held = None
-        while (
-            held is None
-        ):  # a sweep may take the lock of a name in the moment between its making and its locking
-            stem = f".{place.name}.{uuid.uuid4().hex[:_TOKEN]}"
-            lock = place.with_name(stem + _LOCK)
-            held = _hold(lock)
-        folder = place.with_name(stem + _TMP)
-    try:
-        with _explained(place):
-            folder.mkdir()
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
-        lock.unlink(missing_ok=True)
-
-
-def _hold(lock: Path, *, create: bool = True) -> int | None:
-    """Lock a file for as long as this process lives. None if another process holds it."""
-    descriptor = os.open(lock, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _sweep(place: Path) -> None:
-    """Remove what dead writers of the same bundle left beside it. A living writer holds its lock."""
-    prefix = f".{place.name}."
-    for lock in sorted(place.parent.iterdir()):
-        name = lock.name
-        token = name[len(prefix) : -len(_LOCK)]
-        if not (name.startswith(prefix) and name.endswith(_LOCK) and _is_token(token)):
-            continue
-        try:
-            held = _hold(lock, create=False)
-        except FileNotFoundError:  # its writer ended just now
-            continue
-        if held is None:
-            continue
-        try:
-            old = place.with_name(f"{prefix}{token}{_OLD}")
-            if old.is_dir() and not os.path.lexists(place):
-                os.rename(old, place)  # a writer without exchange died between its two renames
-            for left in (old, place.with_name(f"{prefix}{token}{_TMP}")):
-                if left.is_dir() and not left.is_symlink():
-                    shutil.rmtree(left, ignore_errors=True)
-        finally:
-            os.close(held)
-        lock.unlink(missing_ok=True)
-
-
-def _is_token(text: str) -> bool:
-    return len(text) == _TOKEN and all(character in "0123456789abcdef" for character in text)
 
 
 _NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)

@@ -52,7 +52,8 @@ class Recipe(Strict):
 _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
-def _bytes(value: Any) -> Any:
+def bytes_of(value: Any) -> Any:
+    """Bytes, of a text that has a unit (`2 MiB`); anything else as it is. Raises ValueError for an unknown unit."""
     match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]+)\s*", value, re.IGNORECASE) if isinstance(value, str) else None
     if match is None:
         return value
@@ -76,7 +77,7 @@ class Gates(Strict):
       runtime.
     """
 
-    size: Annotated[int | None, BeforeValidator(_bytes), Field(ge=0)] = None
+    size: Annotated[int | None, BeforeValidator(bytes_of), Field(ge=0)] = None
     tokens: Annotated[int | None, Field(ge=0)] = None
     lowering_error: Limit | None = None
     accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
