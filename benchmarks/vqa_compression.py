@@ -1,151 +1,107 @@
-"""What each method costs `demo:vqa` in accuracy: the visual tokens compressed at the tower's output, in torch.
+"""What each method costs `demo:vqa` in accuracy, measured on what an export writes.
 
-    python benchmarks/vqa_compression.py [--questions N] [METHOD ...]
+    python benchmarks/vqa_compression.py [--questions N] [--target T] [NAME ...]
 
-Every method that an image encoder's output allows with no weights or text embedding of its own, at 50, 25 and 11 % of
-the 196 visual tokens, without any retraining. The methods are called eagerly (`edgewise.ops.apply`), the tokens that
-are left take the places of the image's tokens in the prompt (dense positions), and `generate` answers. Counts that a
-method does not have are the nearest ones that it has.
+Every method is exported (`edgewise.export`: vision encoder, prefill and decode, compressed), and the bundle answers the first N
+questions of the test split, as `edgewise verify BUNDLE --data demo:vqa --data-samples N` does. Of the 196 visual tokens 98, 49 and
+22 are kept, or the nearest number that a method has. Nothing is trained again. Left out is what needs weights of its own
+(`token-learner`, `resampler`) or the embedding of a text in the space of the image (`cdpruner`, `trim`, `text-topk`).
+
+Most stand behind the tower. `tome` and `tofu` merge inside of it, in each of its four blocks. `fastv` keeps as many in front of the
+decoder's second block, which is less compression: the tokens that each layer of the decoder sees are printed with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import tempfile
+import warnings
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+warnings.simplefilter("ignore")
 
-from edgewise import demos
-from edgewise.demos import scenes
-from edgewise.ops import apply
+import edgewise  # noqa: E402
+from edgewise.demos import scenes  # noqa: E402
+from edgewise.verify.questions import exact_match  # noqa: E402
 
-BUDGETS = (98, 49, 22)  # of 196
-SIDES = {98: 10, 49: 7, 22: 5}  # of a square of about as many
-BATCH = 100
+ALL = 196
+BUDGETS = (98, 49, 22)
+Specs = Callable[[int], tuple[str, ...]]
 
 
-class Seen:
-    """What the tower makes of a batch of images: tokens, and the last layer's queries and keys, class token first."""
-
-    def __init__(self, model: LlavaForConditionalGeneration, pixels: Tensor) -> None:
-        tower = model.model.vision_tower
-        last = [module for name, module in tower.named_modules() if name.endswith("self_attn")][-1]
-        made: dict[str, Tensor] = {}
-        hooks = [
-            projection.register_forward_hook(lambda _, __, output, key=key: made.update({key: output}))
-            for key, projection in (("queries", last.q_proj), ("keys", last.k_proj))
-        ]
-        self.tokens = tower(pixels).last_hidden_state
-        for hook in hooks:
-            hook.remove()
-        self.keys = made["keys"]
-        queries, keys = (made[key].unflatten(-1, (last.num_heads, -1)).transpose(1, 2) for key in ("queries", "keys"))
-        self.queries = made["queries"]
-        self.attention = (queries @ keys.transpose(-1, -2) * last.scale).softmax(-1)
+def plain(name: str) -> Specs:
+    """A method behind the tower."""
+    return lambda keep: (f"{name}@encoder.out:keep={keep}",)
 
 
-def once(name: str, wanted: Callable[[int], dict[str, Any]], **uses: str) -> Callable[[Seen, int], Tensor]:
-    """A method called once; `uses` maps its arguments to what was seen."""
-
-    def call(seen: Seen, keep: int) -> Tensor:
-        given = {key: getattr(seen, attribute) for key, attribute in uses.items()}
-        return apply(name, seen.tokens, protected=1, **given, **wanted(keep)).tokens[:, 1:]
-
-    return call
+def square(name: str, more: str = "") -> Specs:
+    """A grid of about as many."""
+    return lambda keep: (f"{name}@encoder.out:{more}side={round(math.sqrt(keep))}",)
 
 
-def merged(name: str) -> Callable[[Seen, int], Tensor]:
-    """Bipartite merging, which halves at most, as often as it takes; sizes are carried on, keys merged alike."""
-
-    def call(seen: Seen, keep: int) -> Tensor:
-        tokens, keys, size = seen.tokens, seen.keys, torch.ones_like(seen.tokens[..., :1])
-        while (count := tokens.shape[1] - 1) > keep:
-            r = min(count // 2, count - keep)
-            made = apply(name, tokens, r=r, keys=keys, size=size, protected=1)
-            keys = apply("tome", keys, r=r, keys=keys, size=size, protected=1).tokens
-            tokens, size = made.tokens, made.size
-        return tokens[:, 1:]
-
-    return call
+def context(keep: int) -> tuple[str, ...]:
+    """A fifth of the tokens hold the others, as nearly in VisionZip's own setting (54 and 10)."""
+    return (f"visionzip@encoder.out:keep={keep - keep // 5},context={keep // 5}",)
 
 
-def plain(keep: int) -> dict[str, Any]:
-    return {"keep": keep}
+def merged(name: str) -> Specs:
+    return lambda keep: (f"{name}:keep={keep}",)
 
 
-def context(keep: int) -> dict[str, Any]:
-    """A fifth of the tokens hold the others, as in VisionZip's own setting (54 and 10)."""
-    return {"keep": keep - keep // 5, "context": keep // 5}
+def pruned(name: str, more: str = "") -> Specs:
+    """A method inside of the decoder."""
+    return lambda keep: (f"{name}@decoder.block[1]:keep={keep}{more}",)
 
 
-METHODS: dict[str, Callable[[Seen, int], Tensor]] = {
-    "random": once("random", plain),
-    "pool": once("pool", lambda keep: {"kind": "adaptive", "side": SIDES[keep]}),
-    "merge-grid": once("merge-grid", lambda keep: {"side": SIDES[keep]}),
-    "topk": once("topk", plain, attention="attention"),
-    "fastervlm": once("fastervlm", plain, attention="attention"),
-    "vispruner": once("vispruner", plain, attention="attention"),
-    "visionzip": once("visionzip", context, attention="attention", keys="keys"),
-    "prumerge": once("prumerge", plain, queries="queries", keys="keys"),
+METHODS: dict[str, Specs] = {
+    "random": plain("random"),
+    "pool": square("pool", "kind=adaptive,"),
+    "merge-grid": square("merge-grid"),
+    "topk": plain("topk"),
+    "fastervlm": plain("fastervlm"),
+    "vispruner": plain("vispruner"),
+    "visionzip": context,
+    "prumerge": plain("prumerge"),
+    "dpcknn": plain("dpcknn"),
+    "divprune": plain("divprune"),
     "tome": merged("tome"),
     "tofu": merged("tofu"),
-    "dpcknn": once("dpcknn", plain),
-    "divprune": once("divprune", plain),
+    "fastv": pruned("fastv"),
 }
 
 
-@torch.inference_mode()
-def answers(model: LlavaForConditionalGeneration, tokenizer: Any, visual: Tensor, prompts: list[str]) -> list[str]:
-    """Greedy answers, with `visual (B, kept, C)` in the place of the image."""
-    texts = [prompt.replace("<image>", "<image>" * visual.shape[1]) for prompt in prompts]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True)
-    embeds = model.get_input_embeddings()(inputs["input_ids"])
-    embeds[inputs["input_ids"] == model.config.image_token_id] = model.model.multi_modal_projector(visual).flatten(0, 1)
-    made = model.generate(
-        inputs_embeds=embeds, attention_mask=inputs["attention_mask"], max_new_tokens=4, do_sample=False
-    )
-    return tokenizer.batch_decode(made, skip_special_tokens=True)
-
-
-@torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("methods", nargs="*", metavar="METHOD", default=list(METHODS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="NAME", default=list(METHODS))
     parser.add_argument("--questions", type=int, default=scenes.TEST)
-    parser.add_argument("--model", default=demos.folder("vqa"), help="another folder with a model like demo:vqa")
+    parser.add_argument("--target", default="openvino")
     args = parser.parse_args()
-    model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(args.model)
-    examples = list(scenes.examples("test", args.questions))
-
-    runs = [("none", 196, lambda seen, keep: seen.tokens[:, 1:])]
-    runs += [(name, keep, METHODS[name]) for keep in BUDGETS for name in args.methods]
-    right, counts = dict.fromkeys([run[:2] for run in runs], 0), {}
-    for first in range(0, len(examples), BATCH):
-        part = examples[first : first + BATCH]
-        pixels = processor.image_processor([e.image for e in part], return_tensors="pt")["pixel_values"]
-        seen = Seen(model, pixels)
-        for name, keep, method in runs:
-            visual = method(seen, keep)
-            counts[name, keep] = visual.shape[1]
-            said = answers(model, processor.tokenizer, visual, [e.prompt for e in part])
-            right[name, keep] += int(np.sum([a == e.answer for a, e in zip(said, part, strict=True)]))
-
-    full = right["none", 196] / len(examples)
-    print(f"{len(examples)} questions, uncompressed (196 tokens): {full:.1%}\n")
-    print(f"{'method':12s}" + "".join(f"{keep / 196:>14.0%}       " for keep in BUDGETS))
+    full, _ = measure((), args.target, args.questions)
+    print(f"{args.questions} questions, {args.target}, uncompressed ({ALL} tokens): {full:.1%}\n")
+    print("| method | " + " | ".join(f"{keep / ALL:.0%}" for keep in BUDGETS) + " |", flush=True)
+    print("|---" * (len(BUDGETS) + 1) + "|")
     for name in args.methods:
-        cells = (
-            f"{right[name, keep] / len(examples):14.1%} ({counts[name, keep]:3d})"
-            + ("*" if right[name, keep] / len(examples) >= full - 0.02 else " ")
-            for keep in BUDGETS
+        cells = []
+        for keep in BUDGETS:
+            found, tokens = measure(METHODS[name](keep), args.target, args.questions)
+            cells.append(f"{found:.1%} ({tokens})" + ("*" if found >= full - 0.02 else ""))
+        print(f"| `{name}` | " + " | ".join(cells) + " |", flush=True)
+    print("\nIn brackets: visual tokens that are left. *: within 2 points of uncompressed.")
+
+
+def measure(specs: tuple[str, ...], target: str, questions: int) -> tuple[float, str]:
+    """The share of right answers of a bundle, and how many visual tokens the decoder's layers see, the first ones first."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "b"
+        bundle = edgewise.export(
+            "demo:vqa", out, targets=[target], compress=specs, prompt_tokens=32, new_tokens=4, cache=False
         )
-        print(f"{name:12s}" + "".join(cells))
-    print("\nIn brackets: tokens that are left. *: within 2 points of uncompressed.")
+        (score,) = exact_match(bundle, "demo:vqa", threads=1, most=questions)
+        assert bundle.manifest.pipeline is not None
+        media = [cache.media for cache in bundle.manifest.pipeline.caches]
+    return score["exact_match"], "/".join(map(str, dict.fromkeys(media)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ ALLOWED = {
     "passes": {"ops", "errors"},
     "demos": {"errors"},
     "bundle": {"errors", "schema", "document", "verify"},
-    "verify": {"errors", "schema", "bundle", "targets", "demos", "calibration"},
+    "verify": {"errors", "schema", "bundle", "targets", "demos", "calibration", "runtime"},
     "targets": {"errors", "schema", "bundle", "passes", "ops"},
     "bench": {"errors", "schema", "document", "bundle", "verify", "targets", "version"},
     "runtime": {"errors", "bundle", "targets"},

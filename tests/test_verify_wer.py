@@ -12,7 +12,8 @@ from tiny_speech import tiny_speech_folder
 
 import edgewise
 from edgewise.errors import InputError
-from edgewise.verify.wer import plain, read_spoken, word_errors
+from edgewise.verify.texts import plain
+from edgewise.verify.wer import read_spoken, word_errors
 
 
 def test_errors_are_counted() -> None:

@@ -18,6 +18,7 @@ from edgewise.exporter.recipe import Gates, Regressions
 from edgewise.schema import Strict
 from edgewise.verify.bundle import SAME_CHOICES
 from edgewise.verify.data import accuracy
+from edgewise.verify.questions import answers_questions, exact_match
 
 Tell = Callable[[str], None]
 
@@ -27,7 +28,8 @@ class Figures(Strict):
 
     - `size`: bytes of its files. `digest`: over them, see `edgewise bench`. `tokens`: behind the last site.
     - `lowering_error`: greatest relative error against its program.
-    - `accuracy`: top-1 on the labelled data. `accuracy_drop`: that of the baseline's artifact less this one's.
+    - `accuracy`: top-1 on the labelled data, or exact match of answers. `accuracy_drop`: that of the baseline's artifact less this
+      one's.
     - `latency_ratio`: median time / that of the baseline's artifact, with its 95% confidence interval.
     - `notes`: why something could not be measured.
     """
@@ -69,11 +71,11 @@ def measure(
                 return earlier
             say(f"{name}: accuracy on {source}")
             try:
-                found = accuracy(bundles[name], source, threads=gates.threads)
+                measured = _accuracy(bundles[name], source, gates.threads)
             except MissingExtra as missing:
                 scores[key] = str(missing)
             else:
-                scores[key] = measured = {one["artifact"]: one["top1"] for one in found}
+                scores[key] = measured
                 if known is not None:
                     known.write(measured)
         return scores[key]
@@ -110,6 +112,15 @@ def measure(
                 )
             )
     return made
+
+
+def _accuracy(bundle: Bundle, source: str, threads: int | None) -> dict[str, float]:
+    """By artifact; the components of a model that answers questions have the exact match of its answers."""
+    if not answers_questions(bundle):
+        return {one["artifact"]: one["top1"] for one in accuracy(bundle, source, threads=threads)}
+    matches = {one["artifact"]: one["exact_match"] for one in exact_match(bundle, source, threads=threads)}
+    labels = {artifact.label: f"{artifact.target}/{artifact.precision}" for artifact in bundle.manifest.targets}
+    return {label: matches[whole] for label, whole in labels.items() if whole in matches}
 
 
 def nearest(one: Artifact, others: Sequence[Artifact]) -> Artifact | None:

@@ -22,14 +22,15 @@ def is_speech(bundle: Bundle) -> bool:
 
 
 def word_error_rates(
-    bundle: Bundle, src: str, targets: Sequence[str] | None, threads: int | None, counter: Counter
+    bundle: Bundle, src: str, targets: Sequence[str] | None, threads: int | None, counter: Counter, most: int | None = None
 ) -> list[dict[str, Any]]:
-    """The word error rate of every target that can run here, on all recordings of a table with known texts."""
+    """The word error rate of every target that can run here, on the recordings of a table with known texts: all, or the first
+    `most`."""
     if src.startswith("demo:") or Path(src).suffix in (".npz", ".safetensors"):
         raise InputError(
             f"--data {src}: a speech model is measured on a table (.tsv or .csv) with the columns file and text"
         )
-    data = read_spoken(Path(src))
+    data = read_spoken(Path(src))[:most]
     scores = []
     for target, precision in dict.fromkeys((a.target, a.precision) for a in runnable(choose(bundle, targets))[0]):
         label = f"{target}/{precision}"

@@ -9,7 +9,9 @@ import typer
 from edgewise.cli import options, tables
 from edgewise.cli.screen import Result, Screen, row, table
 from edgewise.cli.spoken import is_speech, word_error_rates
+from edgewise.errors import InputError
 from edgewise.verify.data import accuracy
+from edgewise.verify.questions import answers_questions, exact_match
 
 
 def verify(
@@ -21,8 +23,13 @@ def verify(
             "--data",
             metavar="SRC",
             help=f"Measure accuracy on labelled data: {options.DATA_HELP}. Of a speech model a table (.tsv, .csv) with the columns "
-            "`file` and `text`: measure the word error rate.",
+            "`file` and `text`: measure the word error rate. Of a vision-language model demo:vqa, or a table with the columns "
+            "`file`, `question` and `answer`: measure the exact match of its answers.",
         ),
+    ] = None,
+    data_samples: Annotated[
+        int | None,
+        typer.Option("--data-samples", metavar="N", min=1, help="Only so many samples of the data. Default: all."),
     ] = None,
     threads: options.Threads = None,
     json: options.Json = False,
@@ -36,14 +43,17 @@ def verify(
     screen = Screen(json, quiet)
     opened = Bundle.open(bundle)
     spoken = data is not None and is_speech(opened)
+    asked = data is not None and answers_questions(opened)
+    if data_samples is not None and data is None:
+        raise InputError("--data-samples goes with --data")
     with screen.progress() as step:
         rungs = verify_bundle(
             opened, target or None, threads=threads, progress=lambda label: step(0, 0, f"run {label}")
         )
     screen.show(tables.ladder(rungs))
     scores: list[dict[str, Any]] = []
-    if data is not None and not spoken:
-        scores = accuracy(opened, data, target or None, threads, screen.counter, screen.say)
+    if data is not None and not spoken and not asked:
+        scores = accuracy(opened, data, target or None, threads, screen.counter, screen.say, data_samples)
         numbers = ("samples", "correct", "top-1")
         made = table(f"accuracy on {data}", "artifact", *numbers, right=numbers)
         for score in scores:
@@ -51,12 +61,20 @@ def verify(
         screen.show(made)
     rates: list[dict[str, Any]] = []
     if data is not None and spoken:
-        rates = word_error_rates(opened, data, target or None, threads, screen.counter)
+        rates = word_error_rates(opened, data, target or None, threads, screen.counter, data_samples)
         counts = ("recordings", "words", "replaced", "left out", "added", "word error rate")
         made = table(f"transcripts of {data}", "target", *counts, right=counts)
         for rate in rates:
             errors = [rate[kind] for kind in ("substitutions", "deletions", "insertions")]
             row(made, rate["artifact"], rate["samples"], rate["words"], *errors, f"{rate['wer']:.2%}")
+        screen.show(made)
+    answers: list[dict[str, Any]] = []
+    if data is not None and asked:
+        answers = exact_match(opened, data, target or None, threads, screen.counter, data_samples)
+        columns = ("questions", "right", "exact match")
+        made = table(f"answers to {data}", "target", *columns, right=columns)
+        for one in answers:
+            row(made, one["artifact"], one["samples"], one["correct"], f"{one['exact_match']:.2%}")
         screen.show(made)
     failed = [rung.name for rung in rungs if rung.passed is False]
     checked = [rung.name for rung in rungs if rung.passed]
@@ -71,8 +89,9 @@ def verify(
             "bundle": str(bundle),
             "passed": not failed,
             "verification": [rung.model_dump(mode="json") for rung in rungs],
-            "accuracy": scores if data is not None and not spoken else None,
+            "accuracy": scores if data is not None and not spoken and not asked else None,
             "wer": rates if spoken else None,
+            "exact_match": answers if asked else None,
         },
         1 if failed else 0,
     )

@@ -70,7 +70,8 @@ class Gates(Strict):
 
     - `size`: most bytes of an artifact's files (`2 MiB` is read too). `tokens`: most tokens behind the last site.
     - `lowering_error`: greatest relative error of the artifact against its program.
-    - `accuracy`: least top-1 accuracy on `data`, and `accuracy_drop`: most that may be lost of the baseline's, both as shares.
+    - `accuracy`: least top-1 accuracy (or exact match, of a model that answers questions) on `data`, and `accuracy_drop`: most
+      that may be lost of the baseline's, both as shares.
     - `latency_ratio`: greatest median time / the baseline's, both measured here in turns.
     - `baseline`: the name of a bundle of the same build. `data`: `demo:NAME`, or an `.npz` of inputs and `labels`.
     - `samples`, `seconds`: least runs, and least time of the runs, of each artifact whose latency is measured. `threads`: of the

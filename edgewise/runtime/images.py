@@ -1,4 +1,4 @@
-"""Image files as the array that a model takes, with the constants of its processor. Needs Pillow, and no torch."""
+"""Image files and pictures as the array that a model takes, with the constants of its processor. Needs Pillow, and no torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ with extras_named():
 _MOST_PIXELS = 1 << 27
 
 
-def load_pixels(path: Path, shape: tuple[int, ...], preprocessing: Mapping[str, Any]) -> np.ndarray:
-    """An image file as `shape (1, C, H, W)`. Raises InputError if it cannot be read, or the model takes something else."""
+def load_pixels(image: Path | np.ndarray, shape: tuple[int, ...], preprocessing: Mapping[str, Any]) -> np.ndarray:
+    """An image file, or a picture `(H, W, 3)` in uint8, as `shape (1, C, H, W)`. Raises InputError if it cannot be read, or the
+    model takes something else."""
     if len(shape) != 4 or shape[0] != 1 or shape[1] not in (1, 3):
         raise InputError(f"the model takes images as {list(shape)}, which is not made of a file here: give the array")
-    return normalised([fitted(open_image(path), shape[-2:], preprocessing)], shape[1], preprocessing)[0]
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else open_image(image)
+    return normalised([fitted(picture, shape[-2:], preprocessing)], shape[1], preprocessing)[0]
 
 
 def open_image(path: Path) -> Image.Image:

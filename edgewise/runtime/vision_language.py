@@ -36,7 +36,8 @@ class VisionLanguage(GenerativePipeline):
 
         Args:
             prompt: the question; the model's template goes around it, unless it holds the image's placeholder itself.
-            image: a file, or the array that the encoder takes. input_ids: the prompt as token ids instead, with one placeholder.
+            image: a file, a picture `(H, W, 3)` in uint8, or the array that the encoder takes.
+            input_ids: the prompt as token ids instead, with one placeholder.
             max_new_tokens: by default as many as the bundle has room for.
             on_text: called with each piece of the text as soon as it is known.
 
@@ -131,10 +132,14 @@ class VisionLanguage(GenerativePipeline):
             if len(image) != 1:
                 raise InputError(f"{len(image)} images are given, and the prompt has one placeholder: give one image")
             image = image[0]
-        if isinstance(image, np.ndarray):
+        picture = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        if isinstance(image, np.ndarray) and not picture:
             if image.shape != info.shape:
-                raise InputError(f"the image has shape {image.shape}, and this bundle takes {info.shape}; or give a file")
+                raise InputError(
+                    f"the image has shape {image.shape}, and this bundle takes {info.shape}; or give a file, or a picture "
+                    "(H, W, 3) in uint8"
+                )
             return image.astype(info.dtype)
         from edgewise.runtime.images import load_pixels
 
-        return load_pixels(Path(image), info.shape, self.bundle.manifest.preprocessing).astype(info.dtype)
+        return load_pixels(image if picture else Path(image), info.shape, self.bundle.manifest.preprocessing).astype(info.dtype)

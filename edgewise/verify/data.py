@@ -16,6 +16,7 @@ from edgewise import demos
 from edgewise.bundle import Bundle, Component
 from edgewise.calibration import Port, Samples, metric, open_source, survey
 from edgewise.calibration.data import arrays_of
+from edgewise.calibration.samples import spread
 from edgewise.errors import InputError, unknown
 from edgewise.targets import Session, choose, load, runnable
 
@@ -65,7 +66,8 @@ Counter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Called with a text and a total; gives what is called with how many of them are done."""
 
 
-def _uncounted(text: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+def uncounted(text: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A counter that tells nobody."""
     return nullcontext(lambda done: None)
 
 
@@ -74,10 +76,12 @@ def accuracy(
     src: str,
     targets: Sequence[str] | None = None,
     threads: int | None = None,
-    counter: Counter = _uncounted,
+    counter: Counter = uncounted,
     say: Callable[[str], None] = lambda text: None,
+    most: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Top-1 accuracy of every artifact that can run here, over all of the labelled data; and what was odd about it, as notes."""
+    """Top-1 accuracy of every artifact that can run here, over all of the labelled data, or `most` samples spread evenly over it;
+    what was odd about it is said as notes."""
     known: dict[str, Samples] = {}
     scores = []
     for artifact in runnable(choose(bundle, targets))[0]:
@@ -87,7 +91,7 @@ def accuracy(
             source = open_source(src, ports, bundle.manifest.preprocessing)
             if not source.labelled:
                 raise InputError(f"{src} has no labels: an array 'labels', a column 'label', or a folder for each class")
-            known[artifact.role] = survey(source, ports, range(len(source)))
+            known[artifact.role] = survey(source, ports, spread(len(source), len(source) if most is None else most))
             for note in known[artifact.role].notes:
                 say(f"note: {note}")
         samples = known[artifact.role]

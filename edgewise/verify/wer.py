@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgewise.errors import InputError, extras_named
+from edgewise.verify.texts import plain, read_rows
 
 
 @dataclass(frozen=True)
@@ -37,27 +36,11 @@ class WordErrors:
 def read_spoken(path: Path) -> list[Spoken]:
     """The rows of a table (`.tsv`, or `.csv`) with the columns `file`, from its folder on, and `text`; rows without a text are left
     out. Raises InputError for a table that cannot be read or has no such rows."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    missing = {"file", "text"} - set(rows[0] if rows else ())
-    if missing:
-        raise InputError(
-            f"{path} has no column {' and no column '.join(sorted(missing))}: recordings with known texts are a table (.tsv or "
-            ".csv) with the columns file and text"
-        )
-    found = [Spoken(path.parent / row["file"], row["text"]) for row in rows if row["file"] and plain(row["text"] or "")]
+    rows = read_rows(path, ("file", "text"), "recordings with known texts")
+    found = [Spoken(path.parent / row["file"], row["text"]) for row in rows if row["file"] and plain(row["text"])]
     if not found:
         raise InputError(f"{path} has no row with a text")
     return found
-
-
-def plain(text: str) -> str:
-    """A text as it is compared: lower case, words apart by one blank, no marks but the apostrophes within words."""
-    text = re.sub(r"[’ʼ]", "'", text.lower())
-    return " ".join(word for word in (w.strip("'") for w in re.sub(r"[^\w']|_", " ", text).split()) if word)
 
 
 def word_errors(references: Sequence[str], transcripts: Sequence[str]) -> WordErrors:
