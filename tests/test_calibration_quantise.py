@@ -288,9 +288,9 @@ def test_weights_are_rounded_to_the_nearest_code(artifacts: Artifacts) -> None:
 
 def test_outliers_are_smoothed(plain: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loud channel would take seven of eight bits from all others, and does not."""
-    from edgewise.targets.onnx import quantise
+    from edgewise.targets import scales
 
-    monkeypatch.setattr(quantise, "STRENGTH", 0.0)
+    monkeypatch.setattr(scales, "STRENGTH", 0.0)
     files = get("onnxruntime").quantiser(plain["onnxruntime", "fp32"], "w8a8", samples()).write(tmp_path, "m")
     smooth, rough = (noise("onnxruntime", plain["onnxruntime", "fp32"], f) for f in (plain["onnxruntime", "w8a8"], files))
     assert smooth > rough + 3

@@ -104,7 +104,7 @@ class Job:
 
     def lowered_precision(self, target: Target) -> str:
         """What a program is lowered at; a quantised artifact is made of the lowered one."""
-        return "fp32" if self.recipe.precision in target.quantises else self.recipe.precision
+        return target.quantises_from if self.recipe.precision in target.quantises else self.recipe.precision
 
     def judge(self, *args: Any, **kwargs: Any) -> None:
         """Compare, and add the rung."""

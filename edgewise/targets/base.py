@@ -208,6 +208,8 @@ class Target(ABC):
     realisations: ClassVar[dict[str, tuple[str, ...]]]
     quantises: ClassVar[tuple[str, ...]] = ()
     """Those precisions that are made of the lowered artifact (`quantiser`), and not by `lower`."""
+    quantises_from: ClassVar[str] = "fp32"
+    """The precision of the lowered artifact that these are made of."""
     quantiser_requirements: ClassVar[tuple[Requirement, ...]] = ()
     """Packages that `quantiser` needs besides the others."""
     ahead_of_time: ClassVar[bool] = False
@@ -266,7 +268,7 @@ class Target(ABC):
         """
 
     def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
-        """What quantises an artifact of this target, lowered at `fp32`, to one of `quantises`.
+        """What quantises an artifact of this target, lowered at `quantises_from`, to one of `quantises`.
 
         `feeds`: what statistics are gathered of; `w8a16` and `w4a16` need none. Raises `InputError`.
         """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgewise.targets.base import Requirement, Session, Target, Tolerance
+from edgewise.targets.base import Feeds, Quantiser, Requirement, Session, Target, Tolerance
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -26,7 +26,8 @@ _OPS = (
 class CoreML(Target):
     """An `.mlpackage` with an ML Program. With `fp16` weights and arithmetic are half precision, as the Neural Engine
     needs it, and so are inputs and outputs of the package; a session takes and gives what the program does. `w8a16` and
-    `w4a16` store the weights of linear layers and convolutions in 8 and 4 bits; the arithmetic is that of `fp16`."""
+    `w4a16` store the weights of linear layers and convolutions in 8 and 4 bits; the arithmetic is that of `fp16`. With `w8a8`
+    they compute in 8 bits."""
 
     name = "coreml"
     description = "Core ML package for iPhones, iPads and Macs"
@@ -36,7 +37,9 @@ class CoreML(Target):
         Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
         Requirement("protobuf", minimum="4.25.0", tested="7.36.2", extra="coreml"),
     )
-    precisions = ("fp32", "fp16", "w8a16", "w4a16")
+    precisions = ("fp32", "fp16", "w8a16", "w8a8", "w4a16")
+    quantises = ("w8a8",)
+    quantises_from = "fp16"
     realisations = dict.fromkeys(_OPS, ("sort_free",))
 
     def tolerance(self, precision: str) -> Tolerance:
@@ -57,6 +60,13 @@ class CoreML(Target):
         self.check()
         self.check_precision(precision)
         return lower(exported, folder, stem, precision, input_names, output_names)
+
+    def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
+        from edgewise.targets.coreml.quantise import CoreMLQuantiser
+
+        self.check()
+        assert feeds is not None
+        return CoreMLQuantiser(files, feeds)
 
     def lint(self, exported: ExportedProgram) -> list[str]:
         from edgewise.targets.coreml.convert import quiet

@@ -26,6 +26,7 @@ def lower(
     output_names: Sequence[str],
 ) -> list[Path]:
     """Write `stem.mlpackage`; see `Target.lower`. The main file is the package's `Manifest.json`."""
+    from edgewise.passes.layers import layers
     from edgewise.targets.coreml.convert import quiet, reads, to_mil, to_model
     from edgewise.targets.coreml.legal import legal
     from edgewise.targets.coreml.ports import ports
@@ -39,4 +40,5 @@ def lower(
         model = to_model(to_mil(program, inputs, outputs, deployment), deployment, half)
         if precision in _BITS:
             model = quantised(model, _BITS[precision])
-    return write_package(model, inputs, outputs, Path(folder) / f"{stem}.mlpackage")
+    names = layers(program) if precision == "fp16" else None
+    return write_package(model, inputs, outputs, Path(folder) / f"{stem}.mlpackage", names)

@@ -237,9 +237,25 @@ class CoreMLSession(Session):
         self.inputs = tuple(_port_info(port) for port in self._inputs)
         self.outputs = tuple(_port_info(port) for port in self._outputs)
 
+    @property
+    def package(self) -> Package:
+        return self._session.package
+
+    @property
+    def ports(self) -> tuple[list[Port], list[Port]]:
+        """Inputs and outputs, and what they stand for."""
+        return self._inputs, self._outputs
+
+    def run(self, feeds: Mapping[str, np.ndarray], *, watch: Watch | None = None) -> dict[str, np.ndarray]:
+        """Run once, see `Session.run`; `watch` as for `InterpreterSession.run`."""
+        return self._compute(self._checked(feeds), watch)
+
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._compute(feeds, None)
+
+    def _compute(self, feeds: dict[str, np.ndarray], watch: Watch | None) -> dict[str, np.ndarray]:
         stored = {port.feature: _fed(feeds[port.name], port) for port in self._inputs}
-        outputs = self._session.run(stored)
+        outputs = self._session.run(stored, watch=watch)
         return {port.name: outputs[port.feature].reshape(port.shape).astype(port.dtype) for port in self._outputs}
 
     def placement(self) -> dict[str, int] | None:

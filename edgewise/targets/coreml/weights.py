@@ -7,7 +7,7 @@ no op scales back. Biases, norms, embeddings and constants stay in half precisio
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,17 @@ BLOCKS = (32, 16)
 _QUANTISED = ("linear", "conv")
 
 
-def quantised(model: Any, bits: int) -> Any:
+def quantised(model: Any, bits: int, only: Collection[str] | None = None) -> Any:
     """coremltools' model with its weights as whole numbers of 8 bits (one scale an output) or of 4 (one scale a block of inputs).
+    `only`: the names of those that are quantised; None: all.
 
     Weights at 4 bits whose inputs no block divides, as those of a convolution over colours, get 8. Raises `InputError` if a
     weight comes out as something else than it was, rounded, or any other constant as something else than it was.
     """
     import coremltools.optimize.coreml as optimize
 
-    before = {name: (weight, axis) for name, weight, axis in _weights(model._mil_program)}
+    found = {name: (weight, axis) for name, weight, axis in _weights(model._mil_program)}
+    before = {name: one for name, one in found.items() if only is None or name in only}
     others = {name: value for name, value in _constants(model._mil_program).items() if name not in before}
     steps = {name: _steps(weight, axis, bits) for name, (weight, axis) in before.items()}
     options: dict[str, Any] = {}

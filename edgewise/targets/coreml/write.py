@@ -8,25 +8,32 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgewise.targets.coreml.ports import METADATA_KEY, Port, dump
+
+LAYERS_KEY = "edgewise.layers"
+"""Where a package that is to be quantised keeps the names of its layers, by the names of their weights."""
 
 _DATA = "com.apple.CoreML"
 _MODEL = "model.mlmodel"
 _WEIGHTS = "weights"
 
 
-def write_package(model: Any, inputs: Sequence[Port], outputs: Sequence[Port], package: Path) -> list[Path]:
-    """Write coremltools' model to the folder `package`; gives its files, the manifest first."""
+def write_package(
+    model: Any, inputs: Sequence[Port], outputs: Sequence[Port], package: Path, layers: Mapping[str, str] | None = None
+) -> list[Path]:
+    """Write coremltools' model to the folder `package`; gives its files, the manifest first. `layers`: see `LAYERS_KEY`."""
     spec = model.get_spec()
     metadata = spec.description.metadata.userDefined
     for key in list(metadata):
         if key.startswith("com.github.apple.coremltools"):
             del metadata[key]
     metadata[METADATA_KEY] = dump(inputs, outputs)
+    if layers is not None:
+        metadata[LAYERS_KEY] = json.dumps(layers, sort_keys=True)
     data = package / "Data" / _DATA
     data.mkdir(parents=True, exist_ok=True)
     (data / _MODEL).write_bytes(spec.SerializeToString(deterministic=True))

@@ -15,14 +15,13 @@ import numpy as np
 import onnx
 
 from edgewise.targets.base import layer_of
+from edgewise.targets.scales import smoothing
 
 if TYPE_CHECKING:
     from edgewise.targets.onnx.lower import Weights
 
 BLOCKS = (32, 16)
 """Inputs that share a scale at four bits: the first size that divides the inputs of a layer."""
-STRENGTH = 0.5
-"""How much of the outliers of activations goes into the weights (SmoothQuant: Xiao et al., arXiv 2211.10438)."""
 _FOUR_BITS = 21  # the first opset with whole numbers of four bits
 _ZERO = "edgewise.zero"
 
@@ -108,9 +107,7 @@ class _Change:
         others."""
         scale = np.ones_like(largest)
         if all(layer.op != "Conv" for layer in group):
-            weight = np.max([np.abs(self.weights[one.weight]).max(one.outputs) for one in group], axis=0)
-            known = (largest > 0) & (weight > 0)
-            scale[known] = np.clip(largest[known] ** STRENGTH / weight[known] ** (1 - STRENGTH), 1e-4, 1e4)
+            scale = smoothing(largest, [np.moveaxis(self.weights[one.weight], one.outputs, 0) for one in group])
         first, smoothed = group[0], source
         if not (scale == 1).all():
             smoothed = self._node(first, "Mul", [source, self._constant(f"{source}.smooth", 1 / scale)], f"{source}.smoothed")
