@@ -205,7 +205,7 @@ def test_help_and_version(cli: Cli) -> None:
     assert cli("--version", "--json").document == {"edgewise": edgewise.__version__}
     said = cli()
     assert said.code == 0 and said.err == ""
-    verbs = ("export", "inspect", "explain", "compare", "verify", "run", "bench", "methods", "targets", "models", "sys")
+    verbs = ("export", "inspect", "explain", "compare", "tune", "verify", "run", "bench", "methods", "targets", "models", "sys")
     for verb in verbs:
         assert verb in said.out
         told = cli(verb, "--help")

@@ -16,7 +16,22 @@ from typing import Annotated, Any
 
 import typer
 
-from edgewise.cli import bench, build, compare, diff, explain, export, fit, inspect, lint, listings, report, run, verify
+from edgewise.cli import (
+    bench,
+    build,
+    compare,
+    diff,
+    explain,
+    export,
+    fit,
+    inspect,
+    lint,
+    listings,
+    report,
+    run,
+    tune,
+    verify,
+)
 from edgewise.cli.screen import ReaderGone, Result
 from edgewise.errors import EdgewiseError, Refused, extras_named, unknown
 from edgewise.version import __version__
@@ -62,6 +77,7 @@ _VERBS: dict[str, Callable[..., Result]] = {
     "explain": explain.explain,
     "fit": fit.fit,
     "compare": compare.compare,
+    "tune": tune.tune,
     "diff": diff.diff,
     "verify": verify.verify,
     "run": run.run,

@@ -199,7 +199,7 @@ def compare(
     if isinstance(data, str):
         chosen, arrays = collected(data, program, source, samples)
         data, notes = Data(data, arrays, chosen.labels), chosen.notes
-    stream = _stream(program)
+    stream = media_stream(program)
     counts = [_count(keep, stream) for keep in keeps]
     feeds = Feeds(program, data, samples)
     tell(0, 0, f"run the uncompressed model on {feeds.count} samples")
@@ -212,7 +212,7 @@ def compare(
                       reference[output], scores, feeds.labels)]
     refused: set[str] = set()
     with tempfile.TemporaryDirectory() as place:
-        base = None if target is None else _lowered(program, program.base, target, Path(place) / "base")
+        base = None if target is None else lowered(program, program.base, target, Path(place) / "base")
         try:
             for done, (spec, keep, count) in enumerate(trials):
                 name = smaller.NAME if spec is None else spec.text
@@ -228,7 +228,7 @@ def compare(
                     row = replace(row, flops_ratio=total_flops(made.exported) / base_flops if base_flops else 1.0)
                     row = _measured(row, reference[output], fed.run(made.exported, made).get(output), scores, feeds.labels)
                     if target is not None and base is not None:
-                        with _lowered(made, made.exported, target, Path(place) / f"{done}") as session:
+                        with lowered(made, made.exported, target, Path(place) / f"{done}") as session:
                             latency = interleaved(base, session, feeds.feed(0), fed.feed(0))
                         row = replace(row, latency=latency, over_flops=latency.ratio - row.flops_ratio)
                 except (InputError, CheckFailed) as error:
@@ -248,7 +248,7 @@ def compare(
     )
 
 
-def _stream(program: Program) -> Stream:
+def media_stream(program: Program) -> Stream:
     streams = program.analysis.streams
     if not streams:
         raise InputError("no stream of tokens was found in this model: see edgewise inspect")
@@ -347,7 +347,7 @@ def _reason(error: Exception) -> str:
     return error.reason if isinstance(error, Refused) else str(error)
 
 
-class _Plain(Runner):
+class Plain(Runner):
     """A runner that checks nothing, and so is fast."""
 
     def run_node(self, n: fx.Node) -> Any:
@@ -411,7 +411,7 @@ class Feeds:
 
     def run(self, exported: ExportedProgram, program: Program) -> dict[str, np.ndarray]:
         """Outputs with one row for each sample; one whose first dimension is not the batch is left out."""
-        runner, parts = _Plain(exported, program.output_names), []
+        runner, parts = Plain(exported, program.output_names), []
         for start in range(0, self.count, self.batch):
             made = runner({k: torch.from_numpy(v) for k, v in self.feed(start).items()})
             left = min(self.batch, self.count - start)
@@ -459,7 +459,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def _lowered(program: Program, exported: ExportedProgram, target: Target, folder: Path) -> Session:
+def lowered(program: Program, exported: ExportedProgram, target: Target, folder: Path) -> Session:
     folder.mkdir(parents=True)
     legal = Legalise(target.realisations)(exported).program
     with quiet():

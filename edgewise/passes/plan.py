@@ -130,7 +130,7 @@ def make_plan(analysis: Analysis, specs: Sequence[Spec]) -> tuple[list[tuple[Str
     allow compression.
     """
     notes: list[str] = []
-    chosen = [(spec, *_places(analysis, spec)) for spec in specs]
+    chosen = [(spec, *places_of(analysis, spec)) for spec in specs]
     plan: list[tuple[Stream, list[Step]]] = []
     for stream in analysis.streams:
         rank = {place.name: i for i, place in enumerate(stream.places)}
@@ -156,7 +156,7 @@ SITES = {"block": "encoder.block[i]", "out": "encoder.out", "projector": "projec
          "decoder": "decoder.block[i]"}
 
 
-def _places(analysis: Analysis, spec: Spec) -> tuple[Stream, list[Place]]:
+def places_of(analysis: Analysis, spec: Spec) -> tuple[Stream, list[Place]]:
     """The stream and places that a spec names, or those that are its method's default."""
     name = spec.method.name
     if not analysis.streams:
