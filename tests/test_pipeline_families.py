@@ -65,7 +65,7 @@ def test_what_a_bundle_generates(name: str, target: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "spec", "message"),
     [
-        ("llava", "pyramiddrop@decoder.block[2]:keep=4", "use fastv"),
+        ("qwen2-vl", "pyramiddrop@decoder.block[2]:keep=4", "use fastv, sparsevlm or dart"),
         ("llava", "fastv@decoder.block[2]:keep=4,span=0:64", "leave span out"),
         ("qwen2-vl", "visionzip:keep=4,context=1", "a place in height and width"),
     ],

@@ -20,19 +20,19 @@ from edgewise.errors import InputError
 TARGETS = ("openvino", "onnxruntime")
 BUCKET, NEW = 12, 32
 PROMPTS = [([1, 5, 6], [7, 8, 9, 10]), ([], [3]), ([4, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25]), ([1, 2], [9, 30])]
-HOW = Compression(tower=2, dominant=20, context=4, block=2, keep=8)
+HOW = Compression(tower=2, dominant=20, context=4, stages={2: 8})
 
 
 def image(seed: int) -> torch.Tensor:
     return torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def export(model: Any, out: Path, *specs: str) -> edgewise.Bundle:
+def export(model: Any, out: Path, *specs: str, targets: tuple[str, ...] = TARGETS) -> edgewise.Bundle:
     return edgewise.export(
         model,
         out,
         example={"pixel_values": image(0)},
-        targets=TARGETS,
+        targets=targets,
         compress=specs,
         prompt_tokens=BUCKET,
         new_tokens=NEW,
@@ -47,7 +47,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> edgewise.Bundle:
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> edgewise.Bundle:
-    specs = (f"visionzip:keep={HOW.dominant},context={HOW.context}", f"fastv@decoder.block[{HOW.block}]:keep={HOW.keep}")
+    specs = (f"visionzip:keep={HOW.dominant},context={HOW.context}", "fastv@decoder.block[2]:keep=8")
     return export(llava(), tmp_path_factory.mktemp("compressed") / "b", *specs)
 
 
@@ -72,6 +72,30 @@ def test_compressed_equals_an_eager_implementation(compressed: edgewise.Bundle, 
             visual = zipped(model, pixels, HOW)
             assert made.ids == Compressed(model, HOW).generate(visual, before, after, NEW)
             assert made.ids != greedy(model, pixels, before, after, 64, NEW)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "stages"),
+    [
+        ("pyramiddrop", "openvino", {1: 12, 2: 7, 3: 3}),
+        ("sparsevlm", "onnxruntime", {1: 14, 2: 9}),
+        ("dart", "openvino", {1: 13}),
+    ],
+)
+def test_other_methods_in_the_decoder(method: str, target: str, stages: dict[int, int], tmp_path: Path) -> None:
+    """Prompts of one token behind the image and of none before it are among them: buckets are padded, text is not where it was."""
+    model, how = llava(), Compression(tower=2, dominant=20, context=4, stages=stages, method=method)
+    parts = [f"{method}@decoder.block[{block}]:keep={keep}" for block, keep in stages.items()]
+    bundle = export(model, tmp_path / "b", "visionzip:keep=20,context=4", *parts, targets=(target,))
+    assert bundle.manifest.pipeline is not None
+    media = [how.stages[max(s for s in stages if s <= i)] if i >= min(stages) else 24 for i in range(4)]
+    assert [cache.media for cache in bundle.manifest.pipeline.caches] == media
+    with torch.no_grad(), edgewise.load(bundle) as pipeline:
+        for seed, (before, after) in enumerate(PROMPTS):
+            made = pipeline.generate(input_ids=[*before, IMAGE, *after], image=image(seed).numpy())
+            visual = zipped(model, image(seed), how)
+            assert made.ids == Compressed(model, how).generate(visual, before, after, NEW)
+            assert len(set(made.ids)) > 8
 
 
 def test_the_bundle_says_what_caches_hold(plain: edgewise.Bundle, compressed: edgewise.Bundle) -> None:

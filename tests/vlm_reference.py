@@ -63,13 +63,14 @@ def greedy(model: Any, pixels: Tensor, before: list[int], after: list[int], coun
 
 @dataclass(frozen=True)
 class Compression:
-    """VisionZip behind block `tower` of the encoder, then FastV in front of block `block` of the decoder."""
+    """VisionZip behind block `tower` of the encoder, then `method` in front of blocks of the decoder: `stages` says how many visual
+    tokens are kept at each."""
 
     tower: int
     dominant: int
     context: int
-    block: int
-    keep: int
+    stages: dict[int, int]
+    method: str = "fastv"
 
 
 def zipped(model: Any, pixels: Tensor, how: Compression) -> Tensor:
@@ -103,7 +104,7 @@ def zipped(model: Any, pixels: Tensor, how: Compression) -> Tensor:
 
 
 class Compressed:
-    """A decoder that drops tokens in front of one block, written out block by block."""
+    """A decoder that drops tokens in front of some blocks, written out block by block."""
 
     def __init__(self, model: Any, how: Compression) -> None:
         model.set_attn_implementation("eager")
@@ -113,33 +114,74 @@ class Compressed:
         embed = self.model.get_input_embeddings()
         parts = [embed(torch.tensor(before, dtype=torch.int64)), visual, embed(torch.tensor(after, dtype=torch.int64))]
         prompt = torch.cat(parts)
-        span = range(len(before), len(before) + len(visual))
-        kept: list[int] | None = None
+        self.span = range(len(before), len(before) + len(visual))
+        kept: dict[int, list[int]] = {}
         tokens: list[int] = []
         for _ in range(new):
             x = torch.cat([prompt, embed(torch.tensor(tokens, dtype=torch.int64))])[None]
-            places = list(range(x.shape[1]))
+            places = list(range(x.shape[1]))  # in the sequence; `numbers` are their positions
+            numbers = places
             for i, layer in enumerate(self.decoder.layers):
-                if i == self.how.block:
-                    if kept is None:
-                        score = self.map[0].mean(dim=0)[-1, span.start : span.stop]
-                        best = score.argsort(descending=True, stable=True)[: self.how.keep]
-                        kept = sorted(span.start + int(n) for n in best)
-                    stay = [n for n, place in enumerate(places) if place not in span or place in kept]
-                    x, places = x[:, stay], [places[n] for n in stay]
-                x = self._block(layer, x, places)
+                if i in self.how.stages:
+                    if i not in kept:  # while the prompt is read
+                        kept[i] = self._chosen(layer, x, places, numbers, self.how.stages[i])
+                    stay = [n for n, place in enumerate(places) if place not in self.span or place in kept[i]]
+                    x, places, numbers = x[:, stay], [places[n] for n in stay], [numbers[n] for n in stay]
+                    if self.how.method == "pyramiddrop":
+                        numbers = list(range(len(stay)))
+                x = self._block(layer, x, numbers)
             logits = self.model.lm_head(self.decoder.norm(x[:, -1]))
             tokens.append(int(logits[0].argmax()))
         return tokens
 
-    def _block(self, layer: Any, x: Tensor, places: list[int]) -> Tensor:
-        position = torch.tensor([places])
-        hidden = torch.zeros(1, 1, len(places), len(places)).masked_fill(
-            torch.ones(len(places), len(places)).triu(1).bool(), torch.finfo(torch.float32).min
+    def _chosen(self, layer: Any, x: Tensor, places: list[int], numbers: list[int], keep: int) -> list[int]:
+        """The places of the visual tokens that stay."""
+        image = [n for n, place in enumerate(places) if place in self.span]
+        text = [n for n, place in enumerate(places) if place >= self.span.stop]
+        if self.how.method == "dart":
+            return sorted(places[n] for n in self._dart(x[0], image, text, keep))
+        if self.how.method == "pyramiddrop":
+            self._block(layer, x, numbers)
+        if self.how.method == "sparsevlm":
+            relevance = (x[0, image] @ x[0, text].T).softmax(dim=-1).mean(dim=0)
+            raters = [n for n, value in zip(text, relevance, strict=True) if value > relevance.mean()] or text
+            score = self.map[0][:, raters][:, :, image].mean(dim=(0, 1))
+        else:
+            score = self.map[0].mean(dim=0)[-1, image]
+        return sorted(places[image[int(n)]] for n in score.argsort(descending=True, stable=True)[:keep])
+
+    def _dart(self, x: Tensor, image: list[int], text: list[int], keep: int) -> list[int]:
+        norm = self.keys.abs().sum(dim=(0, 2))
+
+        def largest(of: list[int]) -> list[int]:
+            return sorted(of, key=lambda n: -float(norm[n]))[:4]
+
+        chosen, words = largest(image)[:keep], largest(text)
+        pivots = [*chosen, *words, *[words[0]] * (4 - len(words))]
+        share, more = divmod(keep - len(chosen), len(pivots))
+        for turn, pivot in enumerate(pivots):
+            free = [n for n in image if n not in chosen]
+            unlike = sorted(free, key=lambda n: float(torch.cosine_similarity(x[n], x[pivot], dim=0)))
+            chosen += unlike[: share + (turn < more)]
+        return chosen
+
+    def _block(self, layer: Any, x: Tensor, numbers: list[int]) -> Tensor:
+        count, position = len(numbers), torch.tensor([numbers])
+        hidden = torch.zeros(1, 1, count, count).masked_fill(
+            torch.ones(count, count).triu(1).bool(), torch.finfo(torch.float32).min
         )
-        handle = layer.self_attn.register_forward_hook(lambda m, a, out: setattr(self, "map", out[1]))
-        out = layer(x, attention_mask=hidden, position_embeddings=self.decoder.rotary_emb(x, position), position_ids=position)
-        handle.remove()
+        cos, sin = rotary = self.decoder.rotary_emb(x, position)
+        handles = [
+            layer.self_attn.register_forward_hook(lambda m, a, out: setattr(self, "map", out[1])),
+            layer.self_attn.k_proj.register_forward_hook(lambda m, a, out: setattr(self, "keys", out)),
+        ]
+        out = layer(x, attention_mask=hidden, position_embeddings=rotary, position_ids=position)
+        for handle in handles:
+            handle.remove()
+        # As the attention has them: heads apart, turned by their positions.
+        keys = self.keys[0].reshape(count, -1, cos.shape[-1]).transpose(0, 1)
+        half = keys.shape[-1] // 2
+        self.keys = keys * cos[0] + torch.cat([-keys[..., half:], keys[..., :half]], dim=-1) * sin[0]
         return out[0] if isinstance(out, tuple) else out
 
 

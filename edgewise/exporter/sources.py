@@ -24,7 +24,8 @@ from edgewise.errors import InputError, extras_named, unknown
 class Source:
     """A loaded model: `module` or an `exported` program, example inputs by position or name, what the processor does to
     raw data, and real `samples` of the inputs where the source has them (shape `(n, *input)`). `role`: of the program, where it is
-    known and not to be found from the graph. `whole`: the model that generates, where `module` is its encoder."""
+    known and not to be found from the graph. `whole`: the model that generates, where `module` is its encoder. `order`: see
+    `Program.order`."""
 
     name: str
     class_name: str
@@ -37,6 +38,7 @@ class Source:
     notes: tuple[str, ...] = ()
     role: str | None = None
     whole: nn.Module | None = None
+    order: tuple[str, ...] = ()
 
 
 def load_source(

@@ -134,6 +134,8 @@ class Method:
     """Every output is, or is represented by, one of the inputs: what has one entry for each token can follow."""
     pads: bool = False
     """It understands padding: padding is never chosen before real tokens, and no real token is merged with it."""
+    pads_tail: bool = False
+    """In a decoder: it does not read the tokens behind the span, or it leaves those out that are padding (`tail.padding`)."""
     halves: bool = False
     """At most half of the unprotected tokens go at one site."""
     extra: Callable[[Mapping[str, Any]], int] = field(default=lambda _: 0, repr=False)

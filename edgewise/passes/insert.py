@@ -31,8 +31,8 @@ class Insert(Pass):
 
     name = "insert-compression"
 
-    def __init__(self, stream: Stream, steps: Sequence[Step], engine: Engine) -> None:
-        self.stream, self.steps, self.engine = stream, steps, engine
+    def __init__(self, stream: Stream, steps: Sequence[Step], engine: Engine, order: Sequence[str] = ()) -> None:
+        self.stream, self.steps, self.engine, self.order = stream, steps, engine, order
         self.added: dict[str, Tensor] = {}
         """After the call: the inputs that were added, with an example each."""
         self.taps: list[Tap] = []
@@ -40,7 +40,7 @@ class Insert(Pass):
 
     def call(self, program: ExportedProgram) -> PassResult:
         editor = Editor(program)
-        insertion = _Insertion(editor, self.stream, self.steps, self.engine)
+        insertion = _Insertion(editor, self.stream, self.steps, self.engine, self.order)
         insertion.run()
         self.added, self.taps = dict(editor.added), insertion.taps
         return PassResult(editor.finish(), bool(self.steps))
@@ -77,7 +77,9 @@ class _Insertion:
     """One sweep through the graph in order: literals, side values and attention biases after earlier cuts, then the cut
     itself. Shapes are propagated with the real counts on the way and compared with the symbolic proof."""
 
-    def __init__(self, editor: Editor, stream: Stream, steps: Sequence[Step], engine: Engine) -> None:
+    def __init__(
+        self, editor: Editor, stream: Stream, steps: Sequence[Step], engine: Engine, order: Sequence[str] = ()
+    ) -> None:
         self.editor, self.stream, self.engine = editor, stream, engine
         self.tokens = steps[0].tokens_in + steps[0].place.lost if steps else stream.tokens
         by_name = {n.name: n for n in editor.graph.nodes}
@@ -98,6 +100,8 @@ class _Insertion:
         self.by_name = by_name
         self.routed: dict[tuple[fx.Node, tuple[int, ...], int, int, bool], dict[int, fx.Node]] = {}
         self.texts: dict[int, fx.Node] = {}
+        self.placed = [by_name[name] for name in order]
+        self.order: fx.Node | None = None
         self.from_stream = reachable([by_name[stream.root.name]])
         self.dependent = reachable([by_name[n.name] for n in user_inputs(editor.original)])
         self.method = " + ".join(dict.fromkeys(step.method.name for step in steps))
@@ -219,9 +223,12 @@ class _Insertion:
         value = known[level]
         while level < route.to_level:
             level += 1
-            for kept, renumbered in zip(self.levels[level].kept, self.levels[level].dense, strict=True):
+            for turn, (kept, renumbered) in enumerate(zip(self.levels[level].kept, self.levels[level].dense, strict=True)):
                 assert kept is not None, "a pooled level has no routes"
                 dense = position and renumbered
+                if dense and self.placed:
+                    value = self._renumbered(route, level, turn)
+                    continue
 
                 def gather(v: Tensor, k: Tensor, dense: bool = dense) -> Tensor:
                     v = v.reshape([1] * (route.rank - v.ndim) + list(v.shape))
@@ -237,6 +244,33 @@ class _Insertion:
                 value = self._emit(gather, [route.value if dense else value, kept], route.value)
             known[level] = value
         return value
+
+    def _order(self, level: int, turns: int | None = None) -> fx.Node | None:
+        """Where the tokens behind a cut (or behind the first `turns` methods there) are in the sequence, if the graph does not hold
+        them in its order: `(B, N)`, -1 for what only fills up."""
+        if not self.placed:
+            return None
+        if self.order is None:
+            self.order = self._emit(_in_order, self.placed, self.placed[0])
+        assert self.order is not None
+        value = self._route(Route(self.order, (1,), 0, 0, level if turns is None else level - 1, 2))
+        for kept in self.levels[level].kept[:turns] if turns is not None else ():
+            value = self._emit(lambda v, k: take(v, k, 1, 0), [value, kept], self.order)
+        return value
+
+    def _renumbered(self, route: Route, level: int, turn: int) -> fx.Node:
+        """The rows of a rotary table for tokens that are numbered anew, where the graph does not hold them in order."""
+        if route.from_level:
+            raise Refused(f"{describe(route.value)} numbers tokens, and is computed from those that are left",
+                          source=source_line(route.value) or None, method=self.method)
+        axis = route.axes[0] + route.rank - len(shape_of(route.value))
+
+        def renumber(v: Tensor, before: Tensor, after: Tensor) -> Tensor:
+            v = v.reshape([1] * (route.rank - v.ndim) + list(v.shape))
+            return take(v, _anew(before, after), axis, route.prefix)
+
+        made: fx.Node = self._emit(renumber, [route.value, self._order(0), self._order(level, turn + 1)], route.value)
+        return made
 
     def _among(self, route: Route, splice: Splice) -> fx.Node:
         """A side value of a longer sequence that the stream is a part of. What the model makes by itself (rotary tables, causal
@@ -350,6 +384,8 @@ class _Insertion:
             operands["text"] = self._text_input(step, x)
         for name, tensor in (step.weights or {}).items():
             operands[f"weights.{name}"] = self.editor.add_constant(tensor, name)
+        if step.tail:
+            operands["order"] = self._order(len(self.levels) - 1, len(level.kept))
         crossed: list[fx.Node] = []
         if {"attention", "keys", "queries"} & set(needs):
             self._check_meaning(step, anchor)
@@ -463,6 +499,21 @@ class _Insertion:
                               source=source_line(node) or None, method=self.method)
             value = self._emit(lambda v, k: take(v, k, axis, 0), [value, kept], node)
         return value
+
+
+def _in_order(*parts: Tensor) -> Tensor:
+    """Parts `(B, N)` of the order of a sequence, or `(B, rows, N)`, whose first row is, as one."""
+    order = torch.cat(parts, dim=-1)
+    return order if order.ndim == 2 else order[:, 0]
+
+
+def _anew(before: Tensor, after: Tensor) -> Tensor:
+    """For tokens at places `after (B, N')` of a sequence, which stay of those `before (B, N)`, the token `(B, N')` at whose place
+    each is when they are numbered without gaps, up to the last place that there was: what stands behind, and comes later, need not
+    move. Rotary positions are relative, so that this is the same as numbering from zero on."""
+    rank = ((after[:, None, :] < after[:, :, None]) & (after >= 0)[:, None, :]).sum(dim=-1)
+    place = rank + (before.shape[1] - after.shape[1])
+    return (before[:, None, :] == place[:, :, None]).float().argmax(dim=-1)
 
 
 def _combine(mask: Tensor, bias: Tensor) -> Tensor:

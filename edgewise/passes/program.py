@@ -48,6 +48,9 @@ class Program:
     expected: dict[str, Tensor] = field(default_factory=dict)
     added: tuple[str, ...] = ()
     """Inputs that the compression added: text embeddings, the number of real tokens."""
+    order: tuple[str, ...] = ()
+    """Of a decoder whose tokens are not in the order of the sequence: the inputs `(B, N)` (or `(B, rows, N)`, whose first row
+    counts) that, one behind the other, say where each is; -1: it only fills up."""
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -114,7 +117,7 @@ def insert_plan(program: Program, specs: tuple[Spec, ...], plan: Sequence[tuple[
     added: dict[str, Tensor] = {}
     taps: list[Tap] = []
     for stream, planned in plan:
-        insert = Insert(stream, planned, program.analysis.engine)
+        insert = Insert(stream, planned, program.analysis.engine, program.order)
         exported = insert(exported).program
         added |= insert.added
         taps += insert.taps

@@ -19,6 +19,7 @@ from edgewise.exporter.pipeline.parts import Build, cache_layers, run, source_of
 from edgewise.exporter.pipeline.seam import Prompt, Seam, caches, decode_position, learn, random_prompt
 from edgewise.exporter.pipeline.vision_language import Decode, Prefill, VisionEncoder
 from edgewise.exporter.sources import Source
+from edgewise.ops import METHODS
 from edgewise.passes.plan import parse_spec
 from edgewise.passes.program import Program
 
@@ -70,6 +71,13 @@ class _Build(Build):
                 "carry those yet; compress inside of the decoder",
                 method=vision_specs[0],
             )
+        anew = next((s for s in decoder_specs if parse_spec(s).method.positions == "dense"), None)
+        if anew is not None and not seam.dense:
+            raise Refused(
+                "it numbers the tokens that are left anew, and this model gives each image token a place in height and width: use "
+                "fastv, sparsevlm or dart",
+                method=anew,
+            )
         encoder = Source("", "", module=VisionEncoder(model, settled), args=(pixels,), samples=self._images(pixels))
         program = self.component("vision_encoder", encoder, vision_specs)
         visuals = [run(program, {"pixel_values": one})["visual"] for one in self._some(encoder, pixels)]
@@ -82,6 +90,7 @@ class _Build(Build):
             {"visual": visuals[i % len(visuals)], **prompt.feeds(seam, bucket)} for i, prompt in enumerate(prompts)
         ]
         prefill = source_of(Prefill(model, seam.rule), prefill_samples)
+        prefill.order = ("visual_position", "position")
         spans = [f"{s}{',' if ':' in s else ':'}span=0:{count}" for s in decoder_specs]
         program = self.component("prefill", prefill, spans)
         steps = [self._decode_inputs(program, *pair, seam, room) for pair in zip(prefill_samples, prompts, strict=True)]
@@ -113,10 +122,10 @@ class _Build(Build):
                 continue
             if "span" in spec.parameters:
                 raise InputError(f"{text!r}: leave span out, as the pipeline knows which tokens are the image's")
-            if not spec.method.pads or spec.method.positions != "kept":
+            if not spec.method.pads_tail:
+                known = sorted(name for name, method in METHODS.items() if method.pads_tail)
                 raise Refused(
-                    "a prompt's bucket is padded and its tokens keep their positions, which this method does not "
-                    "understand: use fastv",
+                    f"a prompt's bucket is padded, which this method does not understand: use {' or '.join(known)}",
                     method=spec.method.name,
                 )
             decoder.append(text)

@@ -22,7 +22,7 @@ from edgewise.ops.select import top_tokens
     mechanism="attention", modalities=("image", "video", "audio"), sites=("decoder",), needs=("attention",),
     paper="An Image is Worth 1/2 Tokens After Layer 2 (ECCV 2024), arXiv 2403.06764",
     limits="decoder.block[K] is before block K, scored by the attention of block K-1. Kept tokens keep their positions.",
-    parameters=(KEEP,), pads=True,
+    parameters=(KEEP,), pads=True, pads_tail=True,
 )
 def _fastv(t: Tokens, keep: int, **_: Any) -> Reduced:
     assert t.attend is not None
@@ -36,7 +36,7 @@ def _fastv(t: Tokens, keep: int, **_: Any) -> Reduced:
     limits="Ratios are of the tokens that were there at first. The score needs the next block's queries and keys of all tokens; "
            "positions are numbered anew without gaps.",
     parameters=(KEEP, Parameter("stages", (0.5, 0.25, 0.125), "the share of the visual tokens that stays after each stage"),),
-    positions="dense", scored_by="next", pads=True,
+    positions="dense", scored_by="next", pads=True, pads_tail=True,
 )
 def _pyramiddrop(t: Tokens, keep: int, **_: Any) -> Reduced:
     return _fastv(t, keep)
@@ -50,16 +50,20 @@ def _pyramiddrop(t: Tokens, keep: int, **_: Any) -> Reduced:
            "zero and one, so that their number may differ from input to input. Dropped tokens are not recycled.",
     parameters=(KEEP, Parameter("stages", (300 / 576, 200 / 576, 110 / 576),
                                 "the share (or, above 1, the number) of visual tokens that stays after each stage")),
+    pads_tail=True,
 )
 def _sparsevlm(t: Tokens, keep: int, **_: Any) -> Reduced:
     assert t.attend is not None
     if t.tail is None:
         raise ValueError("sparsevlm rates by text tokens behind the visual ones, and the span leaves none")
     visual, text = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (t.tokens[:, t.protected:], t.tail.tokens))
-    relevance = (visual @ text.transpose(1, 2)).softmax(dim=-1).mean(dim=1)
-    raters = (relevance > relevance.mean(dim=-1, keepdim=True)).to(relevance.dtype)
+    likeness, real = visual @ text.transpose(1, 2), torch.ones_like(text[:, :, 0])
+    if t.tail.padding is not None:
+        likeness, real = likeness.masked_fill(t.tail.padding[:, None], -torch.inf), (~t.tail.padding).to(text.dtype)
+    relevance = likeness.softmax(dim=-1).mean(dim=1)
+    raters = (relevance > relevance.sum(dim=-1, keepdim=True) / real.sum(dim=-1, keepdim=True)).to(relevance.dtype)
     # Where all are equally relevant none is above the average: all of them rate.
-    raters = torch.where(raters.sum(dim=-1, keepdim=True) > 0, raters, torch.ones_like(raters))
+    raters = torch.where(raters.sum(dim=-1, keepdim=True) > 0, raters, real)
     # From the end: at a site of several methods there are rows of visual tokens that are gone.
     paid = t.attend(slice(-t.tail.count, None)).mean(dim=1)
     score = (paid * raters[:, :, None]).sum(dim=1) / raters.sum(dim=-1, keepdim=True)
@@ -72,9 +76,11 @@ def _sparsevlm(t: Tokens, keep: int, **_: Any) -> Reduced:
     mechanism="similarity", modalities=("image", "video"), sites=("decoder",), needs=("keys", "queries"),
     paper="Stop Looking for Important Tokens: Duplication Matters More (2025), arXiv 2502.11494",
     limits="Pivots take their turns by falling L1 norm of their keys, visual ones first; what does not divide evenly goes to the "
-           "first. Kept tokens are in order. Tokens are compared as they are, without the decoder's final norm.",
+           "first. Where there are fewer text tokens than pivots, the largest stands in for each that lacks. Kept tokens are in "
+           "order. Tokens are compared as they are, without the decoder's final norm.",
     parameters=(KEEP, Parameter("image_pivots", 4, "visual tokens that others are compared with", least=1),
                 Parameter("text_pivots", 4, "text tokens behind the visual ones that others are compared with", least=0)),
+    pads_tail=True,
 )
 def _dart(t: Tokens, keep: int, image_pivots: int = 4, text_pivots: int = 4, **_: Any) -> Reduced:
     assert t.keys is not None
@@ -84,7 +90,7 @@ def _dart(t: Tokens, keep: int, image_pivots: int = 4, text_pivots: int = 4, **_
     pivots, taken = _pivots(t.tokens, t.keys, taken, image_pivots)
     if t.tail is not None and t.tail.keys is not None and text_pivots:
         none = torch.zeros_like(t.tail.tokens[:, :, 0], dtype=torch.bool)
-        pivots += _pivots(t.tail.tokens, t.tail.keys, none, min(text_pivots, t.tail.count))[0]
+        pivots += _pivots(t.tail.tokens, t.tail.keys, none, min(text_pivots, t.tail.count), t.tail.padding)[0]
     unit = normalize(t.tokens.to(torch.promote_types(t.tokens.dtype, torch.float32)), dim=-1)
     share, more = divmod(keep - image_pivots, len(pivots))
     for turn, pivot in enumerate(pivots):
@@ -95,14 +101,21 @@ def _dart(t: Tokens, keep: int, image_pivots: int = 4, text_pivots: int = 4, **_
     return drop(t, top_tokens(taken.to(unit.dtype), keep, t.protected))
 
 
-def _pivots(tokens: Tensor, keys: Tensor, taken: Tensor, count: int) -> tuple[list[Tensor], Tensor]:
-    """The `count` tokens `(B, 1, C)` of the largest L1 norm of their keys among those not `taken`, the largest first."""
+def _pivots(
+    tokens: Tensor, keys: Tensor, taken: Tensor, count: int, padding: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """The `count` tokens `(B, 1, C)` of the largest L1 norm of their keys among those not `taken`, the largest first. Where padding
+    leaves fewer, the largest stands in for the rest."""
+    taken = taken if padding is None else taken | padding
     wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
     norm, place = wide.abs().sum(dim=-1), torch.arange(keys.shape[1], device=keys.device)
-    pivots = []
+    pivots: list[Tensor] = []
     for _ in range(count):
         pick = top_tokens(norm.masked_fill(taken, -torch.inf), 1, 0)
-        pivots.append(take(tokens, pick, 1, 0))
+        found = take(tokens, pick, 1, 0)
+        if padding is not None and pivots:
+            found = torch.where(taken.all(dim=1)[:, None, None], pivots[0], found)
+        pivots.append(found)
         taken = taken | _marked(pick, place)
     return pivots, taken
 
