@@ -92,7 +92,8 @@ def specs(family: Family) -> list[str]:
     return ["tome:keep=0.5", "topk:keep=0.5", f"topk@{family.site}.block[1]:keep=0.5"]
 
 
-@pytest.mark.parametrize("case", [(n, i) for n in COMPILED for i in range(3)], ids=lambda c: f"{c[0]}-{c[1]}")
+# One site alone is covered by the small ones: what the published size adds is depth and the number of tokens.
+@pytest.mark.parametrize("case", [(n, i) for n in COMPILED for i in range(2)], ids=lambda c: f"{c[0]}-{c[1]}")
 def test_equals_eager_at_published_size(case: tuple[str, int]) -> None:
     family = FAMILIES[case[0]]
     check(family, False, specs(family)[case[1]])

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from edgewise.errors import EdgewiseError, InputError
+from edgewise.exporter.digest import plain_parts
 from edgewise.passes.graph import user_inputs
 from edgewise.passes.program import Program, make_program
 
@@ -105,7 +106,7 @@ def check_weights(module: nn.Module) -> None:
     """Raise InputError if any floating-point weight or buffer is NaN or infinite."""
     for kind, named in (("weight", module.named_parameters()), ("buffer", module.named_buffers())):
         for name, tensor in named:
-            if tensor.is_floating_point() and tensor.device.type != "meta" and not _finite(tensor):
+            if tensor.device.type != "meta" and not all(_finite(one) for one in plain_parts(tensor) if one.is_floating_point()):
                 # Masks are stored as buffers with -inf in some models, which is no defect.
                 if kind == "buffer" and not bool(tensor.isnan().any()):
                     continue

@@ -10,12 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from edgewise.passes.graph import parameters_of
 
 
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor consists of: itself, but for those that tools such as torchao wrap (whole numbers and their
+    scales, say), which compute little else than the products that they are for."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]
+
+
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's type, shape and values."""
+    parts = plain_parts(tensor)
+    if parts[0] is not tensor:
+        whole = f"{type(tensor).__name__}{tuple(tensor.shape)}{[tensor_digest(part) for part in parts]}"
+        return hashlib.sha256(whole.encode()).hexdigest()
     tensor = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     if tensor.numel():

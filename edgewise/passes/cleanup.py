@@ -206,9 +206,17 @@ _LAYOUTS = {aten.reshape.default, aten.view.default, aten.transpose.int, aten.pe
 
 def _foldable(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     value = node.meta.get("val")
-    if (isinstance(value, Tensor) and value.numel() > MAX_FOLDED_ELEMENTS) or _random(node):
+    if (isinstance(value, Tensor) and value.numel() > MAX_FOLDED_ELEMENTS) or _random(node) or _dequantises(node):
         return False
     return all(operand in values for operand in node.all_input_nodes)
+
+
+def _dequantises(node: fx.Node) -> bool:
+    """Whether a node makes floating-point numbers of whole ones of eight bits, as a model that was quantised in torch does with its
+    weights: folded, they would take four times the room."""
+    before, after = (one.meta.get("val") if isinstance(one, fx.Node) else None for one in (*node.args[:1], node))
+    return (node.target in (aten._to_copy.default, aten.to.dtype) and isinstance(before, Tensor) and isinstance(after, Tensor)
+            and before.dtype in (torch.int8, torch.uint8) and after.is_floating_point() and after.ndim > 1)
 
 
 def _drop_dead_masks(editor: Editor) -> bool:

@@ -21,6 +21,7 @@ from edgewise.passes.cleanup import CleanUp
 from edgewise.passes.graph import MADE_BY, Editor
 from edgewise.passes.trace import trace
 from edgewise.targets.coreml.rewritings import RESHAPES, REWRITES, Made
+from edgewise.targets.coreml.whole_weights import keep_whole
 from edgewise.targets.rewrite import arguments, become, simplify
 
 aten = torch.ops.aten
@@ -37,6 +38,7 @@ def legal(exported: ExportedProgram, reads: Callable[[Node], bool], half: bool =
     those that torch cannot take apart stay. `half`: the arithmetic will be in half precision.
     """
     editor = Editor(CleanUp()(exported).program)
+    keep_whole(editor, MADE_HERE)
     for _ in range(MOST_PARTS):
         simplify(editor.graph)
         for node in list(editor.graph.nodes):

@@ -23,6 +23,9 @@ class OpenVinoSession(Session):
         path = Path(files[0])
         # On CPUs with bf16 or fp16 arithmetic, OpenVINO computes fp32 models in it unless it is told not to.
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        # Where weights alone are of 8 or 4 bits, it rounds activations to 8 as well, by ranges that it finds as it runs. They are
+        # floating-point numbers unless the artifact says otherwise.
+        config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
         try:
