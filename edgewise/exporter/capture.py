@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from edgewise.errors import EdgewiseError, InputError
 from edgewise.exporter.digest import plain_parts
@@ -36,7 +37,8 @@ def capture(module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     args, kwargs = tuple(args), dict(kwargs or {})
     check_weights(module)
     with evaluating(module), quiet():
-        outputs = _run(module, args, kwargs)
+        with _buffers_kept(module):
+            outputs = _run(module, args, kwargs)
         try:
             # Of a graph that it cannot trace, torch prints all there is.
             with redirect_stderr(StringIO()):
@@ -125,6 +127,19 @@ def _finite(tensor: Tensor) -> bool:
     """Whether all values are finite. A sum tells in one read of the memory; only a sum that overflows needs a second."""
     total = tensor.detach().sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put back what running a module writes to its buffers: a cache is captured as it was given."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers() if not is_traceable_wrapper_subclass(buffer)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -83,7 +83,7 @@ def choices_of(
         )
         with target.load(files) as session:
             for feed in feeds:
-                found = session.run(feed)
+                found = session.run_anew(feed)
                 chosen: dict[str, Choice] = {}
                 for (node, part), name in zip(where, names, strict=True):
                     index = torch.from_numpy(found[name])

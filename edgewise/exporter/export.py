@@ -349,7 +349,7 @@ def _quantised(job: Job, low: Lowered, data: Data | None, samples: list[dict[str
 def _outputs(target: Target, files: Sequence[Path], samples: list[dict[str, Tensor]]) -> Outputs:
     """What an artifact gives on the samples, stacked."""
     with target.load(files) as session:
-        results = [session.run({k: as_array(v) for k, v in sample.items()}) for sample in samples]
+        results = [session.run_anew({k: as_array(v) for k, v in sample.items()}) for sample in samples]
     return {k: np.stack([r[k] for r in results]) for k in results[0]}
 
 

@@ -41,6 +41,7 @@ class Runner(fx.Interpreter):
         self._inputs = [n.name for n in user_inputs(exported)]
         self._placeholders = [n.name for n in exported.graph.nodes if n.op == "placeholder"]
         self._names = output_names
+        self._written = len(exported.graph_signature.buffers_to_mutate)
         self._realised = dict(realised or {})
         self.decisions: dict[str, np.ndarray] = {}
         self.margin = float("inf")
@@ -55,7 +56,7 @@ class Runner(fx.Interpreter):
         self.decisions, self._forced = {}, forced or {}
         values = [inputs[name] if name in inputs else self._weights[name] for name in self._placeholders]
         with torch.no_grad():
-            flat = self.run(*values)
+            flat = self.run(*values)[self._written :]  # what states hold afterwards comes first
         return {
             name: as_array(value) for name, value in zip(self._names, flat, strict=True) if isinstance(value, Tensor)
         }

@@ -178,6 +178,10 @@ def _fold_constants(editor: Editor) -> bool:
     values: dict[fx.Node, Any] = {}
     computed: dict[fx.Node, None] = {}  # in graph order, so that constants are named alike every time
     weights = parameters_of(editor.original)
+    written = set(editor.original.graph_signature.buffers_to_mutate.values())
+    for spec in editor.input_specs:
+        if spec.target in written:  # what a cache holds at first is not what it holds
+            weights.pop(spec.arg.name)
     for node in editor.graph.nodes:
         if node.op == "placeholder" and node.name in weights:
             values[node] = weights[node.name].detach()

@@ -104,6 +104,15 @@ class Session(ABC):
         """
         return self._run(self._checked(feeds))
 
+    def run_anew(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`run` after `reset`."""
+        self.reset()
+        return self.run(feeds)
+
+    def reset(self) -> None:
+        """Begin anew: what the component keeps from run to run, a cache say, is as it was when it was loaded. Most keep nothing."""
+        return
+
     def _checked(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         # What fits as it is, which is the rule, costs a millionth of a second: a small model takes no more than a thousandth.
         if len(feeds) == len(self.inputs) and all(_fits(feeds.get(info.name), info) for info in self.inputs):

@@ -19,12 +19,18 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    exported: ExportedProgram, target: str, input_names: Sequence[str], output_names: Sequence[str]
+    exported: ExportedProgram,
+    target: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    *,
+    keeps_state: bool = False,
 ) -> ExportedProgram:
-    """The program without ops that write in place; itself if it has none.
+    """The program without ops that write in place; itself if it has none. `keeps_state`: buffers that it writes to, such as a
+    cache, may be states of the artifact.
 
-    Raises `InputError` if an input or output is no tensor or has a dynamic shape, if the program keeps state,
-    or if the names do not fit.
+    Raises `InputError` if an input or output is no tensor or has a dynamic shape, if the program keeps state that the artifact
+    cannot, or if the names do not fit.
     """
     if any(
         getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in exported.graph.nodes
@@ -32,10 +38,12 @@ def prepare(
         with quiet():
             exported = exported.run_decompositions({})
     signature = exported.graph_signature
-    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    buffers = () if keeps_state else signature.buffers_to_mutate.values()
+    written = [*buffers, *signature.user_inputs_to_mutate.values()]
     if written:
         raise InputError(
-            f"target {target}: the program writes to {', '.join(written)}; artifacts keep no state"
+            f"target {target}: the program writes to {', '.join(written)}; artifacts of this target keep no state. Give the "
+            "values as inputs and outputs, or use the target coreml"
         )
     nodes = {node.name: node for node in exported.graph.nodes}
     for kind, ports, names in (

@@ -83,7 +83,7 @@ def run_all(session: Session, golden: Golden) -> dict[str, np.ndarray]:
     """Outputs of a session on all golden samples, stacked on a new leading axis."""
     if not golden.inputs:
         raise InputError("the golden tensors hold no inputs; export the model again")
-    results = [session.run(golden.feeds(sample)) for sample in range(golden.samples)]
+    results = [session.run_anew(golden.feeds(sample)) for sample in range(golden.samples)]
     return {name: np.stack([result[name] for result in results]) for name in results[0]}
 
 

@@ -113,7 +113,7 @@ def _counted(session: Session, samples: Samples, count: Any) -> metric.Run:
         nonlocal done
         done = min(samples.count, done + samples.batch)
         count(done)
-        return session.run(feed)
+        return session.run_anew(feed)
 
     return run
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgewise.errors import InputError
 from edgewise.targets.program import prepare
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 DEPLOYMENT = {"w4a16": "iOS18"}
 """The oldest system that a package of a precision is for. All others: iOS17."""
+STATES = "iOS18"
+"""The oldest system whose packages keep states."""
 _BITS = {"w8a16": 8, "w4a16": 4}
 
 
@@ -35,10 +38,32 @@ def lower(
 
     half, deployment = precision != "fp32", DEPLOYMENT.get(precision, "iOS17")
     with quiet():
-        program = legal(prepare(exported, "coreml", input_names, output_names), reads, half)
+        prepared = prepare(exported, "coreml", input_names, output_names, keeps_state=True)
+        if prepared.graph_signature.buffers_to_mutate:
+            deployment = STATES
+            _check_states(prepared)
+        program = legal(prepared, reads, half)
         inputs, outputs = ports(program, input_names, output_names, half=half)
         model = to_model(to_mil(program, inputs, outputs, deployment), deployment, half)
         if precision in _BITS:
             model = quantised(model, _BITS[precision])
     names = layers(program) if precision == "fp16" else None
     return write_package(model, inputs, outputs, Path(folder) / f"{stem}.mlpackage", names)
+
+
+def _check_states(exported: ExportedProgram) -> None:
+    """Refuse buffers that the program writes to and that cannot be states: those are half precision, and zeros at first."""
+    import torch
+
+    for name in exported.graph_signature.buffers_to_mutate.values():
+        buffer = exported.state_dict[name] if name in exported.state_dict else exported.constants[name]
+        if buffer.dtype != torch.float32:
+            raise InputError(
+                f"target coreml: the program writes to {name}, of type {str(buffer.dtype).removeprefix('torch.')}, and states of "
+                "Core ML hold floating-point numbers: make the buffer float32 (it is stored in half precision), or an input"
+            )
+        if bool(buffer.count_nonzero()):
+            raise InputError(
+                f"target coreml: the program writes to {name}, which holds other values than zeros at first, and states of Core ML "
+                "begin with zeros: export the model before it is used, or after the buffer was cleared"
+            )

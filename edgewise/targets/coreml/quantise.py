@@ -26,7 +26,6 @@ from edgewise.targets.scales import smoothing
 if TYPE_CHECKING:
     from edgewise.targets.coreml.package import Package
 
-DEPLOYMENT = "iOS17"
 _LEAST = 2.0**-12
 """Half precision holds no much smaller distance of two values well."""
 
@@ -66,7 +65,7 @@ class CoreMLQuantiser(Quantiser):
         with quiet():
             program = _program(self._package)
             weights = [name for source, group in groups.items() for name in _quantise(program, group, self._largest[source])]
-            model = quantised(model_of(program, DEPLOYMENT), 8, weights)
+            model = quantised(model_of(program), 8, weights)
             return write_package(model, *self._ports, Path(folder) / f"{stem}.mlpackage")
 
 
@@ -115,6 +114,7 @@ def _largest(session: CoreMLSession, layers: Sequence[Layer], feeds: Feeds) -> d
     for feed in feeds:
         for port in session.ports[0]:
             watch(port.feature, feed[port.name])
+        session.reset()
         session.run(feed, watch=watch)
     return largest
 

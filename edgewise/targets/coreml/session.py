@@ -258,6 +258,10 @@ class CoreMLSession(Session):
         outputs = self._session.run(stored, watch=watch)
         return {port.name: outputs[port.feature].reshape(port.shape).astype(port.dtype) for port in self._outputs}
 
+    def reset(self) -> None:
+        """Fill all states with zeros."""
+        self._session.reset()
+
     def placement(self) -> dict[str, int] | None:
         return self._session.placement()
 

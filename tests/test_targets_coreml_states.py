@@ -1,0 +1,150 @@
+"""Core ML packages that keep state: a decoder with its cache, step by step, against the whole sequence at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import Cache
+
+import edgewise
+from edgewise.errors import InputError
+from edgewise.targets import get
+
+WORDS, SLOTS, STEPS = 101, 32, 8
+IDS = torch.randint(0, WORDS, (1, STEPS), generator=torch.Generator().manual_seed(1))
+
+
+class Slots(Cache):
+    """Keys and values of all steps, in buffers of a fixed number of slots, one of which each token is written to."""
+
+    def __init__(self, owner: Decoder, at: Tensor) -> None:
+        self.owner, self.at = owner, at
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        hot = (torch.arange(SLOTS)[:, None] == self.at).to(key.dtype)
+        old = 1 - hot.sum(1)[:, None]
+        made = []
+        for name, new in (("key", key), ("value", value)):
+            buffer = getattr(self.owner, f"{name}{layer}")
+            buffer.copy_(buffer * old + torch.einsum("lt,bhtd->bhld", hot, new))
+            made.append(buffer)
+        return made[0], made[1]
+
+
+class Decoder(nn.Module):
+    """Two layers of a Llama with fewer heads for keys than for queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": WORDS}
+        self.model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+        for i in range(2):
+            self.register_buffer(f"key{i}", torch.zeros(1, 2, SLOTS, 16))
+            self.register_buffer(f"value{i}", torch.zeros(1, 2, SLOTS, 16))
+
+    def forward(self, ids: Tensor, at: Tensor) -> Tensor:
+        mask = torch.where(torch.arange(SLOTS) <= at[:, None], 0.0, -1e4)[None, None]
+        x = self.model.model.embed_tokens(ids)
+        turned, cache = self.model.model.rotary_emb(x, at[None]), Slots(self, at)
+        for layer in self.model.model.layers:
+            x = layer(x, attention_mask=mask, position_ids=at[None], past_key_values=cache, position_embeddings=turned)
+        return self.model.lm_head(self.model.model.norm(x))
+
+
+def export(model: nn.Module, out: Path, precision: str, tokens: int = 1, target: str = "coreml", **given: Any) -> edgewise.Bundle:
+    example = (IDS[:, :tokens], torch.arange(tokens))
+    return edgewise.export(model.eval(), out, example=example, targets=[target], precision=precision, cache=False, **given)
+
+
+def steps(bundle: edgewise.Bundle, tokens: int, again: bool = False) -> np.ndarray:
+    (artifact,) = bundle.manifest.targets
+    made = []
+    with get(artifact.target).load([bundle.file(one) for one in artifact.files]) as session:
+        for first in [*((range(0, STEPS, tokens)) if again else ()), *range(0, STEPS, tokens)]:
+            if first == 0:
+                session.reset()
+                made.clear()
+            at = np.arange(first, first + tokens)
+            made.append(session.run({"ids": IDS[:, first : first + tokens].numpy(), "at": at})["output"])
+    return np.concatenate(made, axis=1)
+
+
+def whole() -> np.ndarray:
+    with torch.no_grad():
+        return Decoder().eval().model(IDS).logits.numpy()
+
+
+@pytest.mark.parametrize(("precision", "tokens", "least"), [("fp16", 1, 1e-3), ("fp16", 4, 1e-3), ("fp32", 1, 2e-4)])
+def test_steps_equal_the_whole_sequence(precision: str, tokens: int, least: float, tmp_path: Path) -> None:
+    """The cache is in half precision either way."""
+    bundle = export(Decoder(), tmp_path / "b", precision, tokens)
+    assert all(rung.passed is not False for rung in bundle.manifest.verification)
+    made = steps(bundle, tokens)
+    assert np.abs(made - whole()).max() < least
+    # After a reset all is as it was at first.
+    np.testing.assert_array_equal(steps(bundle, tokens, again=True), made)
+
+
+def test_a_cache_makes_the_difference(tmp_path: Path) -> None:
+    """Without what earlier steps left, the later ones are others."""
+    bundle = export(Decoder(), tmp_path / "b", "fp16")
+    (artifact,) = bundle.manifest.targets
+    with get("coreml").load([bundle.file(one) for one in artifact.files]) as session:
+        feeds = [{"ids": IDS[:, i : i + 1].numpy(), "at": np.array([i])} for i in range(2)]
+        kept = [session.run(feed)["output"] for feed in feeds][1]
+        alone = session.run_anew(feeds[1])["output"]
+    assert np.abs(kept - alone).max() > 1e-2
+
+
+@pytest.mark.parametrize("precision", ["w8a16", "w8a8"])
+def test_quantised_packages_keep_state_too(precision: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+    if precision == "w8a8":
+        given["calibration"] = {"ids": IDS[0, :, None].numpy(), "at": np.zeros(STEPS, np.int64)}
+    bundle = export(Decoder(), tmp_path / "b", precision, **given)
+    wanted, made = whole(), steps(bundle, 1)
+    assert 20 * np.log10(np.linalg.norm(wanted) / np.linalg.norm(made - wanted)) > 25
+
+
+class Counter(nn.Module):
+    """Adds up what it is given."""
+
+    def __init__(self, first: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("total", first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total.add_(x.to(self.total.dtype))
+        return x * 2 + self.total
+
+
+def test_a_capture_leaves_buffers_as_they_were(tmp_path: Path) -> None:
+    model = Counter(torch.zeros(3)).eval()
+    made = edgewise.export(model, tmp_path / "b", example=(torch.ones(3),), targets=["coreml"], cache=False)
+    assert not model.total.any()
+    with get("coreml").load([made.file(one) for one in made.manifest.targets[0].files]) as session:
+        x = {"x": np.arange(3, dtype=np.float32)}
+        for turn in range(1, 4):
+            np.testing.assert_array_equal(session.run(x)["output"], x["x"] * (2 + turn))
+
+
+@pytest.mark.parametrize(
+    ("first", "target", "message"),
+    [
+        (torch.tensor([0.0, 1.0]), "coreml", "holds other values than zeros at first"),
+        (torch.zeros(2, dtype=torch.int64), "coreml", "total, of type int64, and states of Core ML hold floating-point"),
+        (torch.zeros(2), "openvino", "writes to total; artifacts of this target keep no state. .* use the target coreml"),
+        (torch.zeros(2), "onnxruntime", "writes to total"),
+    ],
+)
+def test_what_cannot_be_a_state_is_refused(first: Tensor, target: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        edgewise.export(Counter(first).eval(), tmp_path / "b", example=(torch.ones(2),), targets=[target], cache=False)
+    assert not (tmp_path / "b").exists()
