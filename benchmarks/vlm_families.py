@@ -1,10 +1,12 @@
 """Whether bundles of vision-language models generate what the models do, for every family that was tried.
 
-    python benchmarks/vlm_families.py [FAMILY ...] [--compress SPEC]
+    python benchmarks/vlm_families.py [FAMILY ...] [--compressed | --compress SPEC]
 
 Random weights at small configurations with the structure of the real ones; OpenVINO and ONNX Runtime at fp32; three prompts, 32
 tokens each, greedy. Prints a line for each family: how many of the texts are equal, and how many kinds of tokens they hold. With
-`--compress` there is no reference: the two targets are compared with one another. About 20 seconds a family on an idle core.
+`--compressed`, tokens are taken out in front of the decoder (VisionZip where the projector reads no grid, else DivPrune behind it; not
+where positions have rows) and inside of it (FastV), and two texts are compared with the model in transformers, whose features are
+replaced and whose layers are hooked. With `--compress` there is no reference: the two targets are compared with one another. About 20 seconds a family on an idle core.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 warnings.simplefilter("ignore")
 
 from vlm_families import FAMILIES, make, noise  # noqa: E402
+from vlm_pruned import check_compressed  # noqa: E402
 from vlm_reference import IMAGE, greedy  # noqa: E402
 
 import edgewise  # noqa: E402
@@ -32,13 +35,23 @@ NEW = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--compressed", action="store_true")
     parser.add_argument("--compress", action="append", default=[])
     args = parser.parse_args()
     for name in args.families:
         try:
-            print(name, measure(name, args.compress), flush=True)
+            print(name, compressed(name) if args.compressed else measure(name, args.compress), flush=True)
         except EdgewiseError as error:
             print(name, "refused:", str(error).splitlines()[0], flush=True)
+
+
+def compressed(name: str) -> str:
+    """Compare one family, compressed, with the reference of the tests, which raises where a token differs."""
+    spec, kept = ("visionzip:keep=20,context=4", 24) if name in ("llava", "paligemma") else ("divprune@projector.out:keep=9", 9)
+    with tempfile.TemporaryDirectory() as folder:
+        if name.startswith("qwen"):
+            return f"{check_compressed(name, None, 16, Path(folder) / 'b', TARGETS)} in the caches, all equal"
+        return f"{spec}, {check_compressed(name, spec, kept, Path(folder) / 'b', TARGETS)} in the caches, all equal"
 
 
 def measure(name: str, specs: list[str]) -> str:

@@ -8,7 +8,9 @@ questions of the test split, as `edgewise verify BUNDLE --data demo:vqa --data-s
 (`token-learner`, `resampler`) or the embedding of a text in the space of the image (`cdpruner`, `trim`, `text-topk`).
 
 Most stand behind the tower. `tome` and `tofu` merge inside of it, in each of its four blocks. `fastv` keeps as many in front of the
-decoder's second block, which is less compression: the tokens that each layer of the decoder sees are printed with it.
+decoder's second block, and so do `pyramiddrop`, `sparsevlm` and `dart`; that is less compression, and the tokens that layers of the
+decoder see are printed with it. `A+fastv` leaves half as many again behind the tower, and drops so many more in front of the second
+block that the mean over the layers is the budget.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import edgewise  # noqa: E402
 from edgewise.demos import scenes  # noqa: E402
 from edgewise.verify.questions import exact_match  # noqa: E402
 
-ALL = 196
+ALL, LAYERS = 196, 4
 BUDGETS = (98, 49, 22)
 Specs = Callable[[int], tuple[str, ...]]
 
@@ -50,9 +52,19 @@ def merged(name: str) -> Specs:
     return lambda keep: (f"{name}:keep={keep}",)
 
 
-def pruned(name: str, more: str = "") -> Specs:
+def pruned(name: str) -> Specs:
     """A method inside of the decoder."""
-    return lambda keep: (f"{name}@decoder.block[1]:keep={keep}{more}",)
+    return lambda keep: (f"{name}@decoder.block[1]:keep={keep}",)
+
+
+def both(name: str) -> Specs:
+    """A method behind the tower, and one inside of the decoder: the mean over its layers is `keep`."""
+
+    def specs(keep: int) -> tuple[str, ...]:
+        first = keep * 3 // 2
+        return (f"{name}@encoder.out:keep={first}", f"fastv@decoder.block[1]:keep={(LAYERS * keep - first) // (LAYERS - 1)}")
+
+    return specs
 
 
 METHODS: dict[str, Specs] = {
@@ -68,23 +80,26 @@ METHODS: dict[str, Specs] = {
     "divprune": plain("divprune"),
     "tome": merged("tome"),
     "tofu": merged("tofu"),
-    "fastv": pruned("fastv"),
+    **{name: pruned(name) for name in ("fastv", "pyramiddrop", "sparsevlm", "dart")},
+    **{f"{name}+fastv": both(name) for name in ("topk", "vispruner", "divprune")},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="NAME", default=list(METHODS))
+    parser.add_argument("--keep", type=int, action="append", help="Only this budget. Repeatable.")
     parser.add_argument("--questions", type=int, default=scenes.TEST)
     parser.add_argument("--target", default="openvino")
     args = parser.parse_args()
+    budgets = args.keep or BUDGETS
     full, _ = measure((), args.target, args.questions)
     print(f"{args.questions} questions, {args.target}, uncompressed ({ALL} tokens): {full:.1%}\n")
-    print("| method | " + " | ".join(f"{keep / ALL:.0%}" for keep in BUDGETS) + " |", flush=True)
-    print("|---" * (len(BUDGETS) + 1) + "|")
+    print("| method | " + " | ".join(f"{keep / ALL:.0%}" for keep in budgets) + " |", flush=True)
+    print("|---" * (len(budgets) + 1) + "|")
     for name in args.methods:
         cells = []
-        for keep in BUDGETS:
+        for keep in budgets:
             found, tokens = measure(METHODS[name](keep), args.target, args.questions)
             cells.append(f"{found:.1%} ({tokens})" + ("*" if found >= full - 0.02 else ""))
         print(f"| `{name}` | " + " | ".join(cells) + " |", flush=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from vlm_families import FAMILIES, make, noise
+from vlm_pruned import check_compressed
 from vlm_reference import IMAGE, greedy
 
 import edgewise
@@ -63,8 +64,23 @@ def test_what_a_bundle_generates(name: str, target: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("name", "spec", "kept"),
+    [
+        ("paligemma", "visionzip:keep=20,context=4", 24),
+        ("internvl", "divprune@projector.out:keep=9", 9),
+        ("qwen2-vl", None, 16),
+    ],
+)
+def test_compressed_as_research_code_does_it(name: str, spec: str | None, kept: int, tmp_path: Path) -> None:
+    """In front of the decoder and inside of it. `benchmarks/vlm_families.py --compress` does the same for every family."""
+    check_compressed(name, spec, kept, tmp_path / "b", ("openvino",))
+
+
+@pytest.mark.parametrize(
     ("name", "spec", "message"),
     [
+        ("smolvlm", "visionzip:keep=20,context=4", r"divprune@projector.out:keep=.*fastv"),
+        ("smolvlm", "topk@projector.out:keep=4", "needs attention, and the tokens here were made of several"),
         ("qwen2-vl", "pyramiddrop@decoder.block[2]:keep=4", "use fastv, sparsevlm or dart"),
         ("llava", "fastv@decoder.block[2]:keep=4,span=0:64", "leave span out"),
         ("qwen2-vl", "visionzip:keep=4,context=1", "a place in height and width"),

@@ -75,8 +75,8 @@ class Compression:
 
 def zipped(model: Any, pixels: Tensor, how: Compression) -> Tensor:
     """The tokens of an image `(K, C)`: dominant ones in their order, then context tokens, projected."""
-    tower = model.model.vision_tower
-    layer = tower.encoder.layers[how.tower] if hasattr(tower, "encoder") else tower.vision_model.encoder.layers[how.tower]
+    tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
+    layer = tower.encoder.layers[how.tower]
     seen: dict[str, Tensor] = {}
     handles = [
         layer.register_forward_hook(lambda m, a, out: seen.update(out=out[0] if isinstance(out, tuple) else out)),
@@ -84,13 +84,16 @@ def zipped(model: Any, pixels: Tensor, how: Compression) -> Tensor:
         layer.self_attn.k_proj.register_forward_hook(lambda m, a, out: seen.update(keys=out)),
     ]
     model.set_attn_implementation("eager")
-    tower(pixels)
+    model.model.vision_tower(pixels)
     for handle in handles:
         handle.remove()
     heads = layer.self_attn.num_heads
-    hidden = seen["out"].reshape(-1, seen["out"].shape[-1])[1:]
-    attention = seen["attention"][0].mean(dim=0)[0, 1:]
-    keys = seen["keys"].reshape(len(hidden) + 1, heads, -1).mean(dim=1)[1:]
+    hidden, lost = seen["out"].reshape(-1, seen["out"].shape[-1]), int(hasattr(tower.embeddings, "class_embedding"))
+    keys = seen["keys"].reshape(len(hidden), heads, -1).mean(dim=1)[lost:]
+    if lost:  # what the class token attends to
+        hidden, attention = hidden[1:], seen["attention"][0].mean(dim=0)[0, 1:]
+    else:  # what all attend to, behind the last norm
+        hidden, attention = tower.post_layernorm(hidden), seen["attention"][0].mean(dim=(0, 1))
     keys = keys / keys.norm(dim=-1, keepdim=True)
     best = sorted(attention.argsort(descending=True, stable=True)[: how.dominant].tolist())
     rest = [i for i in range(len(hidden)) if i not in best]

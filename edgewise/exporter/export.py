@@ -285,7 +285,7 @@ def build_component(job: Job, folder: Path) -> tuple[Manifest, Program]:
         assert source.module is not None
         program = capture(source.module, source.args, source.kwargs)
     if source.role is not None:
-        program = program.with_role(source.role, order=source.order)
+        program = program.with_role(source.role, source.tokens, order=source.order)
     with tempfile.TemporaryDirectory(prefix="edgewise-") as place:
         return _make(job, program, folder, Path(place))
 

@@ -96,7 +96,7 @@ class Stream:
     @property
     def of_media(self) -> bool:
         """Whether it is an encoder of images, video or audio: what a method is for where a spec names no site."""
-        return self.role not in ("text_encoder", DECODER, RESAMPLER)
+        return self.role not in ("text_encoder", DECODER, RESAMPLER, PROJECTOR)
 
     @property
     def frames(self) -> int | None:
@@ -146,6 +146,19 @@ def analyse(program: ExportedProgram) -> Analysis:
     _name(found.streams)
     found.modules = [_fed(module, found.streams) for module in found.modules]
     return found
+
+
+def with_output(found: Analysis, program: ExportedProgram, index: int) -> Analysis:
+    """The same, with a site `projector.out` at an output `(B, N, C)` of the graph that is known to hold tokens, where none is:
+    between it and the encoder, tokens are read as a grid. They have no attention and no grid of their own."""
+    node = next(n for n in program.graph.nodes if n.op == "output").args[0][index]  # type: ignore[index]
+    names = {place.name for stream in found.streams for place in stream.places}
+    anchor = next((s.blocks[-1].anchor for s in found.streams if s.of_media and s.blocks), None)
+    if f"{PROJECTOR}.out" in names or anchor is None or not isinstance(node, fx.Node) or len(shape_of(node)) != 3:
+        return found
+    stream = Stream(PROJECTOR, PROJECTOR, node, 1, shape_of(node)[1], 0, 0, None)
+    stream.projector = (Place(f"{PROJECTOR}.out", node, 1, anchor),)
+    return replace(found, streams=[*found.streams, stream])
 
 
 def _fed(module: QueryModule, streams: list[Stream]) -> QueryModule:

@@ -15,7 +15,7 @@ from edgewise.ops.match import max_merges
 from edgewise.ops.methods import read_span
 from edgewise.ops.record import Record, read_record
 from edgewise.ops.weights import read_tensors
-from edgewise.passes.analysis import DECODER, Analysis, Place, Stream
+from edgewise.passes.analysis import DECODER, PROJECTOR, Analysis, Place, Stream
 from edgewise.passes.graph import describe, source_line
 
 
@@ -372,6 +372,11 @@ def _one(tensors: dict[str, Tensor], path: str) -> Tensor:
 
 
 def _check_needs(method: Method, stream: Stream, before: list[Step]) -> None:
+    scored = {"attention", "keys", "queries"} & set(method.needs)
+    if stream.role == PROJECTOR and scored:
+        free = sorted(m.name for m in METHODS.values() if "projector" in m.sites and not m.needs)
+        raise ValueError(f"{method.name} needs {' and '.join(sorted(scored))}, and the tokens here were made of several of the "
+                         f"encoder's: use {', '.join(free)}")
     if "frames" in method.needs and (stream.frames is None or before):
         raise ValueError(f"{method.name} needs the tokens of all frames of a video, frame after frame, and "
                          + (f"{before[-1].method.name} before it has taken some" if stream.frames else

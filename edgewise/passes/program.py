@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from edgewise.passes.analysis import Analysis, Stream, analyse
+from edgewise.passes.analysis import Analysis, Stream, analyse, with_output
 from edgewise.passes.cleanup import clean_up
 from edgewise.passes.insert import Insert, Tap
 from edgewise.passes.plan import Spec, Step, make_plan, parse_spec, tokens_at_start
@@ -75,14 +75,17 @@ class Program:
         """The program as a module, callable like the model."""
         return self.exported.module()
 
-    def with_role(self, role: str | None = None, **known: Any) -> Program:
+    def with_role(self, role: str | None = None, tokens: str | None = None, **known: Any) -> Program:
         """The same, `known` fields replaced, with this role, or that of its only stream of tokens (`model`: it has several or
-        none)."""
+        none). `tokens`: the output that holds tokens `(B, N, C)`, however they are made."""
         if role is None:
             roles = [s.role for s in self.analysis.streams]
             role = roles[0] if len(roles) == 1 else "model"
         named = replace(self, role=role, **known)
-        named.__dict__["analysis"] = self.analysis
+        analysis = self.analysis
+        if tokens is not None:
+            analysis = with_output(analysis, self.base, self.output_names.index(tokens))
+        named.__dict__["analysis"] = analysis
         return named
 
     def uncompressed(self) -> Program:

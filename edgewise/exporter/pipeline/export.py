@@ -68,7 +68,7 @@ class _Build(Build):
         if vision_specs and not seam.dense:
             raise Refused(
                 "this model gives each image token a place in height and width, and compression in front of the decoder does not "
-                "carry those yet; compress inside of the decoder",
+                "carry those yet; compress inside of the decoder (fastv, sparsevlm, dart), which does",
                 method=vision_specs[0],
             )
         anew = next((s for s in decoder_specs if parse_spec(s).method.positions == "dense"), None)
@@ -79,7 +79,8 @@ class _Build(Build):
                 method=anew,
             )
         encoder = Source("", "", module=VisionEncoder(model, settled), args=(pixels,), samples=self._images(pixels))
-        program = self.component("vision_encoder", encoder, vision_specs)
+        encoder.tokens = "visual"
+        program = self._encoder(encoder, vision_specs)
         visuals = [run(program, {"pixel_values": one})["visual"] for one in self._some(encoder, pixels)]
         count = visuals[0].shape[1]
         check_windows(model.get_decoder().config, seam.offsets.shape[1] + bucket + room)  # type: ignore[operator]
@@ -110,6 +111,20 @@ class _Build(Build):
             **text,
         )
         return self.joined(rung, pipeline, model)
+
+    def _encoder(self, encoder: Source, specs: list[str]) -> Program:
+        """Export the encoder. Where its projector stands in the way, say what is behind it."""
+        try:
+            return self.component("vision_encoder", encoder, specs)
+        except Refused as error:
+            if not specs or all((parse_spec(spec).site or "").startswith("projector.out") for spec in specs):
+                raise
+            free = sorted(name for name, one in METHODS.items() if "projector" in one.sites and not one.needs)
+            raise Refused(
+                f"{error.reason}. Behind the projector any model can be compressed (divprune@projector.out:keep=...; also "
+                f"{', '.join(n for n in free if n != 'divprune')}), and in its decoder (fastv, sparsevlm, dart, pyramiddrop)",
+                method=error.method, node=error.node, source=error.source,
+            ) from error
 
     def _divided(self) -> tuple[list[str], list[str]]:
         """The compression specs of the encoder and of the decoder."""
