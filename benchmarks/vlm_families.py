@@ -3,10 +3,13 @@
     python benchmarks/vlm_families.py [FAMILY ...] [--compressed | --compress SPEC]
 
 Random weights at small configurations with the structure of the real ones; OpenVINO and ONNX Runtime at fp32; three prompts, 32
-tokens each, greedy. Prints a line for each family: how many of the texts are equal, and how many kinds of tokens they hold. With
-`--compressed`, tokens are taken out in front of the decoder (VisionZip where the projector reads no grid, else DivPrune behind it; not
-where positions have rows) and inside of it (FastV), and two texts are compared with the model in transformers, whose features are
-replaced and whose layers are hooked. With `--compress` there is no reference: the two targets are compared with one another. About 20 seconds a family on an idle core.
+tokens each, greedy. Prints a line for each family: how many of the texts are equal, and how many kinds of tokens they hold. About
+20 seconds a family on an idle core.
+
+With `--compressed`, tokens are taken out in front of the decoder (VisionZip where the projector reads no grid, else DivPrune behind
+it; not where positions have rows) and inside of it (FastV), and two texts are compared with the model in transformers, whose
+features are replaced and whose layers are hooked. With `--compress` there is no reference: the two targets are compared with one
+another.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def test_what_a_bundle_generates(name: str, target: str, tmp_path: Path) -> None
     ],
 )
 def test_compressed_as_research_code_does_it(name: str, spec: str | None, kept: int, tmp_path: Path) -> None:
-    """In front of the decoder and inside of it. `benchmarks/vlm_families.py --compress` does the same for every family."""
+    """In front of the decoder and inside of it. `benchmarks/vlm_families.py --compressed` does the same for every family."""
     check_compressed(name, spec, kept, tmp_path / "b", ("openvino",))
 
 
