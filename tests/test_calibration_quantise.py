@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -345,6 +346,12 @@ class TestAccuracyControl:
         kinds = {output: node.op_type for node in read.graph.node for output in node.output}
         kept = {layer_of(n.name) for n in read.graph.node if layer_of(n.name) and kinds.get(n.input[1]) != "DequantizeLinear"}
         assert kept == {one.layer for one in record.floating}
+        assert record.sensitivity[: len(record.floating)] == record.floating and len(record.sensitivity) == record.layers
+        report = json.loads((tmp_path / "b" / "report.json").read_text())
+        (known,) = report["quantisation"].values()
+        assert [one["layer"] for one in known["sensitivity"]] == [one.layer for one in record.sensitivity]
+        page = (tmp_path / "b" / "report.html").read_text()
+        assert all(f">{one.layer}</text>" in page or one.layer[-47:] in page for one in record.sensitivity)
 
     @pytest.mark.parametrize("text", ["-1%", "100%", "1.5", "much", "nan"])
     def test_drops_that_are_none(self, text: str) -> None:

@@ -68,7 +68,9 @@ def test_the_cost_of_tokens_is_their_mean() -> None:
 
 
 def test_curves_go_through_what_was_measured() -> None:
-    assert power_curve(100, [(75, 0.1), (50, 0.4)])[[100, 75, 50, 0]] == pytest.approx([0, 0.1, 0.4, 1.6])
+    curve = power_curve(100, [(75, 0.1), (50, 0.4)])
+    assert curve[[100, 75, 50]] == pytest.approx([0, 0.1, 0.4]) and (np.diff(curve) < 0).all()
+    assert power_curve(100, [(50, 0.4)])[[100, 50, 25]] == pytest.approx([0, 0.4, 1.6])
     assert power_curve(100, [(75, 0.0), (50, 0.4)])[[100, 50]] == pytest.approx([0, 0.4])
     assert quadratic_curve(100, [(75, -0.2), (50, -0.3)])[[100, 75, 50]] == pytest.approx([0, -0.2, -0.3])
     assert quadratic_curve(100, [(50, -0.3)])[[100, 75]] == pytest.approx([0, -0.15])

@@ -103,8 +103,8 @@ class Component(Strict):
 
 
 class Floating(Strict):
-    """A layer that accuracy control left in floating point: signal to noise of the outputs in dB where it alone is quantised (None:
-    they are exact), and the bytes that quantising it would save."""
+    """A layer whose sensitivity accuracy control measured: signal to noise of the outputs in dB where it alone is quantised (None:
+    they are exact), and the bytes that quantising it saves."""
 
     layer: str
     sqnr_db: float | None
@@ -114,11 +114,13 @@ class Floating(Strict):
 class Quantisation(Strict):
     """How an artifact was quantised: the number of its layers, those that were `skipped` as asked, and what accuracy control did
     (`metric` None: there was none). `unquantised`, `all_quantised` and `result` are the metric on `held_out` samples of the
-    artifact before, with every layer quantised, and as it is."""
+    artifact before, with every layer quantised, and as it is; `floating` are the layers that stay in floating point,
+    `sensitivity` all that were measured, both the most sensitive first."""
 
     layers: Count
     skipped: tuple[str, ...] = ()
     floating: tuple[Floating, ...] = ()
+    sensitivity: tuple[Floating, ...] = ()
     metric: str | None = None
     held_out: Count = 0
     unquantised: float | None = None

@@ -37,13 +37,14 @@ class Sensitivity:
 class Controlled:
     """What was found: the metric of the artifact that nothing is quantised in (`reference`), of the one where every layer is
     (`before`), and of the one that was chosen (`after`); the layers that stay in floating point, the most sensitive first, and what
-    they cost; how many artifacts the metric was computed of."""
+    they cost; how many artifacts the metric was computed of; the sensitivity of every layer, where it had to be measured."""
 
     reference: float
     before: float
     after: float
     floating: tuple[Sensitivity, ...]
     evaluations: int
+    ranked: tuple[Sensitivity, ...] = ()
 
 
 def parse_drop(text: str | float) -> float:
@@ -95,7 +96,7 @@ def keep_metric(
         tell(f"measure the metric with {middle} of {len(ranked)} layers in floating point")
         metrics[middle] = metric(make([one.layer for one in ranked[:middle]]).run, held_out)
         low, high = (low, middle) if metrics[middle] >= least else (middle, high)
-    return Controlled(reference, before, metrics[high], tuple(ranked[:high]), 1 + len(metrics))
+    return Controlled(reference, before, metrics[high], tuple(ranked[:high]), 1 + len(metrics), tuple(ranked))
 
 
 def _sqnr(wanted: Sequence[Mapping[str, np.ndarray]], found: Sequence[Mapping[str, np.ndarray]]) -> float | None:

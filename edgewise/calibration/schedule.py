@@ -17,8 +17,8 @@ import numpy as np
 
 MOST_LEVELS = 160
 """Counts of tokens that the dynamic program tells apart; in between, slack is used up one token at a time."""
-LEAST_POWER, MOST_POWER = 1.1, 4.0
-"""Of the share of removed tokens, as a loss grows with it. Above 1, so that two small losses are preferred to a large one."""
+LEAST_POWER, MOST_POWER = 1.5, 4.0
+"""Of the number of halvings of the tokens, as a loss grows with it. Above 1, so that two small losses are preferred to a large."""
 Counts = tuple[int, ...]
 Predict = Callable[[Sequence[int]], float]
 
@@ -62,14 +62,14 @@ def shares(sites: Sites) -> np.ndarray:
 
 
 def power_curve(free: int, points: Sequence[tuple[int, float]]) -> np.ndarray:
-    """Losses by count, through two measured `(count, loss)`, or one: a power of the share that is removed."""
-    share = 1 - np.arange(free + 1) / free
+    """Losses by count, through two measured `(count, loss)`, or one: a power of how often the tokens are halved."""
+    halvings = np.log2(free / np.maximum(np.arange(free + 1), 0.5))
     (some, small), (more, large) = (sorted(points, reverse=True) * 2)[:2] if len(points) > 1 else (points[0], points[0])
-    a, b = 1 - some / free, 1 - more / free
+    a, b = halvings[some], halvings[more]
     power = 2.0
     if b > a and small > 0 and large > 0:
         power = min(MOST_POWER, max(LEAST_POWER, float(np.log(large / small) / np.log(b / a))))
-    return np.asarray(large * (share / b) ** power)
+    return np.asarray(large * (halvings / b) ** power)
 
 
 def quadratic_curve(free: int, points: Sequence[tuple[int, float]]) -> np.ndarray:

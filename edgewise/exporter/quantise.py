@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgewise.bundle.manifest import Floating, Quantisation
-from edgewise.calibration.control import Candidate, Controlled, Tell, keep_metric
+from edgewise.calibration.control import Candidate, Controlled, Sensitivity, Tell, keep_metric
 from edgewise.calibration.metric import accuracy
 from edgewise.calibration.samples import DEFAULT_SAMPLES, Samples, calibration_and_held_out
 from edgewise.errors import InputError
@@ -26,6 +26,8 @@ from edgewise.targets.base import Feeds, Quantiser
 
 NEED_DATA = ("w8a8",)
 """Precisions that need statistics of activations."""
+NOTHING_LEFT = -200.0
+"""Signal to noise in dB that stands for outputs that are not finite: JSON knows no infinity."""
 HELD_OUT = 512
 """The most samples that accuracy control measures a metric on."""
 
@@ -157,7 +159,8 @@ def _record(
         return made
     return made.model_copy(
         update={
-            "floating": tuple(Floating(layer=o.layer, sqnr_db=o.sqnr_db, bytes=max(0, o.bytes)) for o in controlled.floating),
+            "floating": _layers(controlled.floating),
+            "sensitivity": _layers(controlled.ranked),
             "metric": "accuracy",
             "held_out": data.held_out.count,
             "unquantised": controlled.reference,
@@ -165,3 +168,8 @@ def _record(
             "result": controlled.after,
         }
     )
+
+
+def _layers(found: Sequence[Sensitivity]) -> tuple[Floating, ...]:
+    noise = {one.layer: None if one.sqnr_db is None else max(one.sqnr_db, NOTHING_LEFT) for one in found}
+    return tuple(Floating(layer=one.layer, sqnr_db=noise[one.layer], bytes=max(0, one.bytes)) for one in found)

@@ -1,22 +1,25 @@
-"""The bundle's report: what was compressed, what it cost, what it gained, as one self-contained page."""
+"""The bundle's report: what was compressed, what it cost, what it gained, as one self-contained page, and its figures as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from json import dumps
 from pathlib import Path
 
 from edgewise.bundle.manifest import Component, Manifest
 from edgewise.bundle.pipeline import Pipeline
+from edgewise.exporter import report_plots as plots
+from edgewise.exporter.report_figures import INTENDED, combined, figures
 from edgewise.passes.program import Site
 from edgewise.verify.ladder import Rung
-from edgewise.verify.metrics import Errors, worst
+from edgewise.verify.metrics import Errors
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--soft:#5b6675;--line:#d9dee5;--back:#fff;--card:#f5f7fa;--bar:#2f6fde;--gone:#c9d6ee;
---good:#1a7f4b;--bad:#b3261e}
+--intended:#d98a1f;--good:#1a7f4b;--bad:#b3261e}
 @media(prefers-color-scheme:dark){:root{--ink:#e8ecf1;--soft:#9aa6b5;--line:#333d4a;--back:#141a21;--card:#1d252f;--bar:#6ba1ff;
---gone:#2d3e5c;--good:#5fce95;--bad:#ff8a80}}
+--gone:#2d3e5c;--intended:#f0b357;--good:#5fce95;--bad:#ff8a80}}
 *{box-sizing:border-box}body{margin:0 auto;max-width:62rem;padding:1.5rem 1rem 4rem;background:var(--back);color:var(--ink);
 font:16px/1.5 system-ui,sans-serif}h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2.2rem 0 .6rem}
 p.sub{color:var(--soft);margin:.2rem 0 0;overflow-wrap:anywhere}.cards{display:flex;flex-wrap:wrap;gap:.8rem;margin-top:1.2rem}
@@ -29,7 +32,9 @@ svg text{fill:var(--ink);font:12px system-ui,sans-serif}code{overflow-wrap:anywh
 
 
 def write_report(manifest: Manifest, sites: Sequence[Sequence[Site]], path: Path) -> None:
-    """Write the page to `path`, beside the files of the bundle that it sums up; `sites` are those of each component."""
+    """Write the page to `path`, beside the files of the bundle that it sums up, and its figures beside it (`.json`); `sites` are
+    those of each component."""
+    path.with_suffix(".json").write_text(dumps(figures(manifest, sites), indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8")
     sizes = {a.label: sum((path.parent / f).stat().st_size for f in a.files) for a in manifest.targets}
     spec = ", ".join(manifest.compress) or "no compression"
     body = [
@@ -45,7 +50,7 @@ def write_report(manifest: Manifest, sites: Sequence[Sequence[Site]], path: Path
         if component.sites:
             body += [
                 "<h2>Tokens at every site</h2>",
-                _chart(own),
+                plots.tokens(own),
                 "<p class=sub>The full bar is what a site gets; the dark part is what it passes on.</p>",
             ]
     if manifest.pipeline is not None:
@@ -65,16 +70,29 @@ def write_report(manifest: Manifest, sites: Sequence[Sequence[Site]], path: Path
             ],
             numbers={2},
         ),
+        *_errors_apart(manifest),
         "<h2>Verification ladder</h2>",
+        plots.ladder(manifest.verification),
+        "<p class=sub>Relative errors. Orange: meant, of fewer tokens or fewer bits. Blue: two forms of the same; the red line is "
+        "what is allowed.</p>",
         _table(
             ["step", "against", "error", "relative", "SQNR dB", "cosine", "allowed", ""],
             [_rung(r) for r in manifest.verification],
             numbers={3, 4, 5, 6},
             raw={7},
         ),
-        "<p class=sub>Compression is meant to change the output, and has no limit here. Every other step compares two forms of "
-        "the same program: an error there would be a defect, and would have stopped the export.</p>",
+        "<p class=sub>Compression and fewer bits are meant to change the output, and have no limit here. Every other step "
+        "compares two forms of the same: an error there would be a defect, and would have stopped the export.</p>",
     ]
+    for artifact in manifest.targets:
+        known = artifact.quantisation
+        if known is not None and known.sensitivity:
+            body += [
+                f"<h2>Sensitivity of the layers of {escape(artifact.label)}</h2>",
+                plots.sensitivity(known.sensitivity, [one.layer for one in known.floating]),
+                "<p class=sub>Signal to noise of the outputs where a layer alone is quantised. Orange: the layer stayed in "
+                "floating point.</p>",
+            ]
     remarks = [
         *manifest.notes,
         *(r.note for r in manifest.verification if r.note),
@@ -104,6 +122,21 @@ def _cards(component: Component, sites: Sequence[Site], sizes: dict[str, int]) -
         yield _card(f"{size / 1e6:.2f} MB", label)
 
 
+def _errors_apart(manifest: Manifest) -> Iterable[str]:
+    """A card for each kind of error that is meant, and one for all that would be defects."""
+    kinds = {**{kind: [kind] for kind in INTENDED}, "lowering": ["capture", "legalisation", "lowering"]}
+    words = {"compression": "compression error", "precision": "rounding of weights to half precision",
+             "quantisation": "quantisation error", "lowering": "largest error of capture and lowering"}
+    cards = []
+    for name, those in kinds.items():
+        found = [(e.relative, e.sqnr_db) for r in manifest.verification if r.kind in those and (e := combined(r)) is not None]
+        known = [(relative, sqnr) for relative, sqnr in found if relative is not None]
+        if known:
+            relative, sqnr = max(known)[0], min((sqnr for _, sqnr in known if sqnr is not None), default=None)
+            cards.append(_card(f"{relative:.1e}", words[name] + ("" if sqnr is None else f" ({sqnr:.1f} dB SQNR)")))
+    return ["<h2>Errors apart</h2><div class=cards>", *cards, "</div>"] if cards else []
+
+
 def _caches(pipeline: Pipeline) -> str:
     rows = [
         [str(i), str(layer.media), str(layer.tokens), str(layer.slots), f"{layer.bytes / 1e6:.3f}"]
@@ -117,31 +150,8 @@ def _card(value: str, label: str) -> str:
     return f"<div class=card><b>{escape(value)}</b><span>{escape(label)}</span></div>"
 
 
-def _chart(sites: Sequence[Site]) -> str:
-    row, left, width = 22, 170, 760
-    most = max(s.tokens_in for s in sites)
-    scale = (width - left - 110) / most
-    lines = []
-    for i, site in enumerate(sites):
-        y = i * row
-        title = f"{site.name}: {site.tokens_in} → {site.tokens_out}" + (
-            f" by {', '.join(site.methods)}" if site.methods else ""
-        )
-        lines.append(
-            f'<g><title>{escape(title)}</title><text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(site.name)}</text>'
-            f'<rect x="{left}" y="{y + 3}" width="{site.tokens_in * scale:.1f}" height="15" rx="2" fill="var(--gone)"/>'
-            f'<rect x="{left}" y="{y + 3}" width="{site.tokens_out * scale:.1f}" height="15" rx="2" fill="var(--bar)"/>'
-            f'<text x="{left + site.tokens_in * scale + 6:.1f}" y="{y + 15}">{site.tokens_in} → {site.tokens_out}</text></g>'
-        )
-    return (
-        f'<svg viewBox="0 0 {width} {len(sites) * row + 4}" role="img" aria-label="tokens at every site">'
-        + "".join(lines)
-        + "</svg>"
-    )
-
-
 def _rung(rung: Rung) -> list[str]:
-    errors = worst(rung.outputs.values()) if rung.outputs else None
+    errors = combined(rung)
     verdict = {True: "<span class=good>passed</span>", False: "<span class=bad>failed</span>", None: ""}[rung.passed]
     if rung.kept_overlap is not None:
         verdict += f" kept tokens agree {rung.kept_overlap:.1%}"
