@@ -121,7 +121,8 @@ def run(folder: Path, tiny: str, kills: int, seed: int) -> dict[str, int]:
         if number % 10 == 9 or number == kills - 1:
             statuses = builder.finish(builder.start())
             counts["resumed"] += sum(status != "built" for status in statuses.values())
-            assert files(builder.out) == good
+            now = files(builder.out)
+            assert now == good, sorted(name for name in now.keys() | good.keys() if now.get(name) != good.get(name))
             left = hidden(builder.out)
             counts["swept"] += len(hidden(builder.cache) + hidden(builder.cache / "bundles"))
             tidy(builder.cache, DEFAULT_LIMIT)  # as the next entry would

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from edgewise.builder.key import Keys
 from edgewise.builder.processes import Tell, build_all
 from edgewise.builder.store import Store, is_current
 from edgewise.builder.task import Outcome, Task
+from edgewise.bundle.temporary import sweep
 from edgewise.errors import unknown
 from edgewise.exporter.matrix import Entry
 
@@ -94,6 +96,9 @@ def build(
         if progress is not None:
             progress(min(len(found), total - 1), total, f"{name}: {text}")
 
+    with contextlib.suppress(FileNotFoundError):
+        # A writer that was killed when its bundle was already there: nobody writes it again, and removes what is left beside it.
+        sweep(out)
     store, new = Store(), []
     for one in planned:
         name = one.entry.name
