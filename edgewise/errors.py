@@ -37,7 +37,7 @@ class MissingExtra(InputError):
 _EXTRAS = {
     "PIL": "generate",
     "coreai": "coreai",
-    "coreai_torch": "coreai",
+    "coreai_torch": "coreai-export",
     "coremltools": "coreml",
     "google": "coreml",
     "jiwer": "metrics",

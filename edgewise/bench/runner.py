@@ -66,14 +66,14 @@ class _Run:
     probed: Probed = NOT_PROBED
 
     def __post_init__(self) -> None:
-        self._feeds = [self.golden.feeds(sample) for sample in range(self.golden.samples)]
+        self._calls = [self.session.bound(self.golden.feeds(sample)) for sample in range(self.golden.samples)]
 
     def once(self) -> None:
         """Run one golden sample, each in its turn, and keep the time."""
-        feeds = self._feeds[len(self.times) % len(self._feeds)]
+        call = self._calls[len(self.times) % len(self._calls)]
         self.power.before()
         start = time.perf_counter()
-        self.session.run(feeds)
+        call()
         self.times.append(time.perf_counter() - start)
         self.power.after()
         stages = self.session.stages()

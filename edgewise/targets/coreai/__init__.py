@@ -25,7 +25,7 @@ class CoreAI(Target):
     suffixes = (".aimodel",)
     requirements = (
         Requirement("coreai-core", minimum="1.0.0b3", tested="1.0.0b3", extra="coreai"),
-        Requirement("coreai-torch", minimum="0.4.3", tested="0.4.3", extra="coreai", runtime=False),
+        Requirement("coreai-torch", minimum="0.4.3", tested="0.4.3", extra="coreai-export", runtime=False),
         Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
     )
     precisions = ("fp32",)

@@ -34,13 +34,18 @@ class OpenVinoSession(Session):
             raise InputError(f"OpenVINO cannot load {path}: {_last_line(error)}") from error
         self._request: Any = self._model.create_infer_request()
         self.inputs = tuple(_info(port) for port in self._model.inputs)
+        self._places = [(info.name, self._request.get_input_tensor(i).data) for i, info in enumerate(self.inputs)]
         self.outputs = tuple(_info(port) for port in self._model.outputs)
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self._request is None:
             raise InputError("this session was closed; load the artifact again")
-        results = self._request.infer([feeds[info.name] for info in self.inputs], share_inputs=True)
-        return {info.name: results[index] for index, info in enumerate(self.outputs)}
+        # Copied into the request's own tensors: to hand an array over takes OpenVINO a tenth of a millisecond each time.
+        for name, place in self._places:
+            place[...] = feeds[name]
+        self._request.start_async()
+        self._request.wait()
+        return {info.name: self._request.get_output_tensor(index).data.copy() for index, info in enumerate(self.outputs)}
 
     def placement(self) -> dict[str, int] | None:
         if self._request is None:
@@ -54,6 +59,7 @@ class OpenVinoSession(Session):
         return units
 
     def close(self) -> None:
+        self._places = []
         self._request = None
         self._model = None
 
