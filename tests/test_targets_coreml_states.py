@@ -103,14 +103,14 @@ def test_a_cache_makes_the_difference(tmp_path: Path) -> None:
     assert np.abs(kept - alone).max() > 1e-2
 
 
-@pytest.mark.parametrize("precision", ["w8a16", "w8a8"])
-def test_quantised_packages_keep_state_too(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "least"), [("w8a16", 25), ("w8a8", 20)])
+def test_quantised_packages_keep_state_too(precision: str, least: float, tmp_path: Path) -> None:
     given: dict[str, Any] = {}
     if precision == "w8a8":
         given["calibration"] = {"ids": IDS[0, :, None].numpy(), "at": np.zeros(STEPS, np.int64)}
     bundle = export(Decoder(), tmp_path / "b", precision, **given)
     wanted, made = whole(), steps(bundle, 1)
-    assert 20 * np.log10(np.linalg.norm(wanted) / np.linalg.norm(made - wanted)) > 25
+    assert 20 * np.log10(np.linalg.norm(wanted) / np.linalg.norm(made - wanted)) > least
 
 
 class Counter(nn.Module):

@@ -26,8 +26,8 @@ from edgewise.targets.scales import smoothing
 if TYPE_CHECKING:
     from edgewise.targets.coreml.package import Package
 
-_LEAST = 2.0**-12
-"""Half precision holds no much smaller distance of two values well."""
+_LEAST = 2.0**-14
+"""Half precision holds no smaller distance of two values with all its digits."""
 
 
 @dataclass(frozen=True)
