@@ -1,6 +1,8 @@
 """What each method costs `demo:vqa` in accuracy, measured on what an export writes.
 
-    python benchmarks/vqa_compression.py [--questions N] [--target T] [NAME ...]
+    python benchmarks/vqa_compression.py [--questions N] [--keep K] [--target T] [NAME ...]
+
+NAME is one of the methods below, or specs joined by `+` (`tofu:keep={keep}+fastv@decoder.block[1]:keep=33`).
 
 Every method is exported (`edgewise.export`: vision encoder, prefill and decode, compressed), and the bundle answers the first N
 questions of the test split, as `edgewise verify BUNDLE --data demo:vqa --data-samples N` does. Of the 196 visual tokens 98, 49 and
@@ -100,7 +102,8 @@ def main() -> None:
     for name in args.methods:
         cells = []
         for keep in budgets:
-            found, tokens = measure(METHODS[name](keep), args.target, args.questions)
+            specs = METHODS[name](keep) if name in METHODS else tuple(name.format(keep=keep).split("+"))
+            found, tokens = measure(specs, args.target, args.questions)
             cells.append(f"{found:.1%} ({tokens})" + ("*" if found >= full - 0.02 else ""))
         print(f"| `{name}` | " + " | ".join(cells) + " |", flush=True)
     print("\nIn brackets: visual tokens that are left. *: within 2 points of uncompressed.")

@@ -105,6 +105,17 @@ def test_the_bundle_says_what_caches_hold(plain: edgewise.Bundle, compressed: ed
     # Keys and values of two heads of twelve numbers.
     assert [c.bytes for c in about.caches] == [2 * 2 * 12 * 4 * slots for slots in (68, 68, 52, 52)]
     assert about.cache_bytes < plain.manifest.pipeline.cache_bytes
+    # Of both bundles the uncompressed figures are the same, and those of the plain one are its own.
+    whole = plain.manifest.pipeline.stages
+    assert [(s.tokens, s.flops, s.cache_bytes) for s in whole] == [
+        (s.tokens_before, s.flops_before, s.cache_bytes_before) for s in about.stages
+    ]
+    assert [(s.role, s.tokens_before, s.tokens) for s in about.stages] == [
+        ("vision_encoder", 64, 24),
+        ("prefill", 64, 8),
+        ("decode", 64, 8),
+    ]
+    assert all(s.flops < s.flops_before for s in about.stages) and about.stages[1].cache_bytes == about.cache_bytes
     assert [c.role for c in compressed.manifest.components] == ["vision_encoder", "prefill", "decode"]
     assert all(c.flops_after < c.flops_before for c in compressed.manifest.components[:2])
 

@@ -35,6 +35,19 @@ class CacheLayer(Strict):
     bytes: Count
 
 
+class Stage(Strict):
+    """What compression makes of one component: media tokens that are left behind it (for `decode`: that its shortest cache holds),
+    FLOPs of a run, and bytes of the caches that it writes or reads; `_before`: of the model with all tokens."""
+
+    role: str
+    tokens_before: Count
+    tokens: Count
+    flops_before: Count
+    flops: Count
+    cache_bytes_before: Count = 0
+    cache_bytes: Count = 0
+
+
 class Pipeline(Strict):
     """How components make one generative model.
 
@@ -47,6 +60,7 @@ class Pipeline(Strict):
     - `template`: the text around a prompt, which stands at `{prompt}`.
     - `start_ids`: what a decoder begins with besides the prompt. `suppress_ids` are never generated, `suppress_first_ids` not as
       the first token. `eos_ids` end the text.
+    - `stages`: what compression made of each component; empty where it is not known.
     - `tokenizer`: the file of the tokenizer in the bundle.
     """
 
@@ -67,6 +81,7 @@ class Pipeline(Strict):
     suppress_first_ids: tuple[Count, ...] = ()
     eos_ids: tuple[Count, ...] = ()
     caches: tuple[CacheLayer, ...] = Field(min_length=1)
+    stages: tuple[Stage, ...] = ()
     tokenizer: str | None = None
     settings: dict[str, Any] = {}
     """What only this kind of pipeline needs (languages, tasks)."""

@@ -32,16 +32,25 @@ def cost(component: Component) -> str:
 
 
 def caches(manifest: Manifest) -> list[Table]:
-    """The cache of every decoder layer of a pipeline; nothing for a bundle without one."""
+    """What compression made of each stage of a pipeline, and the cache of every decoder layer; nothing for a bundle without one."""
     pipeline = manifest.pipeline
     if pipeline is None:
         return []
+    tables = []
+    if pipeline.stages:
+        numbers = ("media tokens", "FLOPs", "caches")
+        made = table("stages: with all tokens, and as compressed", "stage", *numbers, right=numbers)
+        for one in pipeline.stages:
+            held = f"{size(one.cache_bytes_before)} > {size(one.cache_bytes)}" if one.cache_bytes else None
+            cost = f"{flops(one.flops_before)} > {flops(one.flops)}"
+            row(made, one.role, f"{one.tokens_before} > {one.tokens}", cost, held)
+        tables.append(made)
     columns = ("media", "after prefill", "slots", "bytes")
     made = table("caches: tokens", "layer", *columns, right=columns)
     for i, layer in enumerate(pipeline.caches):
         row(made, i, layer.media, layer.tokens, layer.slots, size(layer.bytes))
     row(made, "all", None, None, None, size(pipeline.cache_bytes))
-    return [made]
+    return [*tables, made]
 
 
 def ladder(rungs: Sequence[Rung], title: str = "verification") -> Table:

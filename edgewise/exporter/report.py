@@ -54,6 +54,8 @@ def write_report(manifest: Manifest, sites: Sequence[Sequence[Site]], path: Path
                 "<p class=sub>The full bar is what a site gets; the dark part is what it passes on.</p>",
             ]
     if manifest.pipeline is not None:
+        if manifest.pipeline.stages:
+            body += ["<h2>Stages</h2>", _stages(manifest.pipeline)]
         body += ["<h2>Caches</h2>", _caches(manifest.pipeline)]
     body += [
         "<h2>Artifacts</h2>",
@@ -135,6 +137,19 @@ def _errors_apart(manifest: Manifest) -> Iterable[str]:
             relative, sqnr = max(known)[0], min((sqnr for _, sqnr in known if sqnr is not None), default=None)
             cards.append(_card(f"{relative:.1e}", words[name] + ("" if sqnr is None else f" ({sqnr:.1f} dB SQNR)")))
     return ["<h2>Errors apart</h2><div class=cards>", *cards, "</div>"] if cards else []
+
+
+def _stages(pipeline: Pipeline) -> str:
+    rows = [
+        [
+            one.role,
+            f"{one.tokens_before} → {one.tokens}",
+            f"{one.flops_before / 1e9:.3f} → {one.flops / 1e9:.3f}",
+            f"{one.cache_bytes_before / 1e6:.3f} → {one.cache_bytes / 1e6:.3f}" if one.cache_bytes else "",
+        ]
+        for one in pipeline.stages
+    ]
+    return _table(["stage", "media tokens", "GFLOP", "MB of caches"], rows, numbers={1, 2, 3})
 
 
 def _caches(pipeline: Pipeline) -> str:

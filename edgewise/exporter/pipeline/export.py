@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from edgewise.bundle.manifest import Manifest
-from edgewise.bundle.pipeline import Pipeline
+from edgewise.bundle.pipeline import CacheLayer, Pipeline, Stage
 from edgewise.errors import InputError, Refused
 from edgewise.exporter.export import Job
 from edgewise.exporter.pipeline.decoder import check_windows
 from edgewise.exporter.pipeline.language import describe_text, eos_ids
-from edgewise.exporter.pipeline.parts import Build, cache_layers, run, source_of
+from edgewise.exporter.pipeline.parts import Build, cache_layers, flops_of, run, source_of
 from edgewise.exporter.pipeline.seam import Prompt, Seam, caches, decode_position, learn, random_prompt
 from edgewise.exporter.pipeline.vision_language import Decode, Prefill, VisionEncoder
 from edgewise.exporter.sources import Source
@@ -82,7 +82,7 @@ class _Build(Build):
         encoder.tokens = "visual"
         program = self._encoder(encoder, vision_specs)
         visuals = [run(program, {"pixel_values": one})["visual"] for one in self._some(encoder, pixels)]
-        count = visuals[0].shape[1]
+        count, whole = visuals[0].shape[1], seam
         check_windows(model.get_decoder().config, seam.offsets.shape[1] + bucket + room)  # type: ignore[operator]
         if count != seam.offsets.shape[1]:
             seam = replace(seam, offsets=torch.arange(count)[None].numpy(), advance=count)
@@ -96,6 +96,7 @@ class _Build(Build):
         program = self.component("prefill", prefill, spans)
         steps = [self._decode_inputs(program, *pair, seam, room) for pair in zip(prefill_samples, prompts, strict=True)]
         self.component("decode", source_of(Decode(model, bucket, room), steps[1:]))
+        layers = cache_layers(self.parts[2], bucket, room)
         text = describe_text(self.job.source, image, self.folder)
         pipeline = Pipeline(
             kind="vision-language",
@@ -107,10 +108,47 @@ class _Build(Build):
             media_advance=seam.advance,
             placeholder_id=image,
             eos_ids=eos_ids(model),
-            caches=cache_layers(self.parts[2], bucket, room),
+            caches=layers,
+            stages=self._stages(model, whole, layers, prompts[0], steps[0], bucket, room),
             **text,
         )
         return self.joined(rung, pipeline, model)
+
+    def _stages(
+        self,
+        model: nn.Module,
+        whole: Seam,
+        layers: tuple[CacheLayer, ...],
+        prompt: Prompt,
+        step: dict[str, Any],
+        bucket: int,
+        room: int,
+    ) -> tuple[Stage, ...]:
+        """What compression makes of each component; `whole` is the seam with all tokens, `step` the inputs of decode."""
+        (encoder,), (prefill,), (decode,) = (part.components for part in self.parts)
+        every = whole.offsets.shape[1]
+        before = [encoder.flops_before, prefill.flops_before, decode.flops_before]
+        if every != layers[0].media:
+            width = next(info.shape[-1] for info in prefill.inputs if info.name == "visual")
+            visual = torch.zeros(1, every, width)
+            before[1] = flops_of(Prefill(model, whole.rule), {"visual": visual, **prompt.feeds(whole, bucket)})
+        slots, size = every + bucket + room, sum(layer.bytes // layer.slots for layer in layers)
+        if any(layer.media != every for layer in layers):
+            past = {k: [t.new_zeros(*t.shape[:2], slots, t.shape[3]) for t in step[k]] for k in ("past_key", "past_value")}
+            before[2] = flops_of(Decode(model, bucket, room), {**step, **past})
+        left, cached = min(layer.media for layer in layers), sum(layer.bytes for layer in layers)
+        return tuple(
+            Stage(
+                role=one.role,
+                tokens_before=every,
+                tokens=layers[0].media if one is encoder else left,
+                flops_before=count,
+                flops=one.flops_after,
+                cache_bytes_before=0 if one is encoder else slots * size,
+                cache_bytes=0 if one is encoder else cached,
+            )
+            for one, count in zip((encoder, prefill, decode), before, strict=True)
+        )
 
     def _encoder(self, encoder: Source, specs: list[str]) -> Program:
         """Export the encoder. Where its projector stands in the way, say what is behind it."""

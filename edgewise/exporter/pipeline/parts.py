@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from edgewise.bundle.manifest import Manifest
 from edgewise.bundle.pipeline import CacheLayer, Pipeline
-from edgewise.exporter.capture import quiet
+from edgewise.exporter.capture import evaluating, quiet
 from edgewise.exporter.export import Job, build_component, finish
 from edgewise.exporter.sources import Source
+from edgewise.passes.cleanup import clean_up
+from edgewise.passes.flops import total_flops
 from edgewise.passes.program import Program
 from edgewise.verify.ladder import Rung
 
@@ -99,6 +101,12 @@ def source_of(module: nn.Module, samples: Sequence[Mapping[str, Any]]) -> Source
     return Source(
         "", "", module=module, kwargs=dict(samples[0]), samples={k: np.concatenate(v) for k, v in flat.items()}
     )
+
+
+def flops_of(module: nn.Module, inputs: Mapping[str, Any]) -> int:
+    """FLOPs of one run of a module as it is, uncompressed."""
+    with evaluating(module), quiet():
+        return total_flops(clean_up(torch.export.export(module, (), dict(inputs), strict=False)))
 
 
 def cache_layers(decode: Manifest, bucket: int, room: int) -> tuple[CacheLayer, ...]:
