@@ -75,8 +75,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| model | schedule | tokens | FLOPs | divergence | of constant | accuracy | seconds |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| model | schedule | tokens | FLOPs | divergence | of constant | accuracy | loss of constant's | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in options.parts:
         start = time.perf_counter()
         source, data, samples, held_out = case(name, options.models, options.speech)
@@ -86,11 +86,14 @@ def main() -> None:
                 samples=samples, held_out=held_out, trials=options.trials, recipe=Recipe(model=name, targets=("openvino",)),
             )  # fmt: skip
         constant = next(row.divergence for row in found.rows if row.name == "constant")
+        scores = {row.name: row.accuracy for row in found.rows}
+        lost = None if scores["constant"] is None else scores["uncompressed"] - scores["constant"]
         for row in found.rows:
+            share = "-" if not lost else f"{(scores['uncompressed'] - row.accuracy) / lost:.0%}"
             accuracy = "-" if row.accuracy is None else f"{row.accuracy:.2%}"
             counts = " ".join(map(str, row.counts))
             print(f"| {name} | {row.name}: {counts} | {row.tokens:.3f} | {row.flops:.3f} | {row.divergence:.4g} | "
-                  f"{row.divergence / constant:.0%} | {accuracy} | {time.perf_counter() - start:.0f} |", flush=True)
+                  f"{row.divergence / constant:.0%} | {accuracy} | {share} | {time.perf_counter() - start:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

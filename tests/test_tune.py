@@ -67,7 +67,9 @@ def test_a_recipe_of_tokens_is_what_export_takes(cli: Cli, data: Path, tmp_path:
     made = edgewise.compress(program, *recipe.compress)
     left = [site.tokens_out - 1 for site in made.sites if site.name.startswith("encoder.block")]
     rows = {row["name"]: row for row in document["schedules"]}
-    assert list(rows) == ["tuned", "constant", "decreasing", "increasing"]
+    assert list(rows) == ["tuned", "constant", "decreasing", "increasing", "uncompressed"]
+    whole = rows.pop("uncompressed")
+    assert whole["divergence"] == 0 and whole["flops"] == 1 and whole["counts"] == [64, 64, 64] and whole["specs"] == []
     assert left == rows["tuned"]["counts"] and sum(left) <= 0.5 * 64 * 3
     for row in rows.values():
         assert 0.45 <= row["tokens"] <= 0.5 and row["latency"] is None
@@ -105,7 +107,7 @@ def test_flops_are_met_exactly(cli: Cli, data: Path, tmp_path: Path, program: Pr
     out = tmp_path / "tuned.yaml"
     document = tuned(cli, data, out, "--budget", "flops=0.7", "--compress", "topk", source="plain.npz")
     base = total_flops(program.base)
-    for row in document["schedules"]:
+    for row in document["schedules"][:-1]:
         made = edgewise.compress(program, *row["specs"])
         share = total_flops(made.exported) / base
         assert share == pytest.approx(row["flops"]) and 0.6 < share <= 0.7
@@ -121,7 +123,7 @@ def test_latency_is_measured_on_the_target(cli: Cli, data: Path, tmp_path: Path)
     rows = {row["name"]: row for row in document["schedules"]}
     known = json.loads(Path(f"{out}.trials.json").read_text())["measured"]
     assert rows["tuned"]["latency"] == known["onnxruntime " + ",".join(map(str, rows["tuned"]["counts"]))]
-    assert all(0 < row["latency"] <= 0.97 for row in rows.values())
+    assert all(0 < row["latency"] <= 0.97 for name, row in rows.items() if name != "uncompressed")
 
 
 def test_a_killed_tune_goes_on_and_ends_in_the_same_recipe(cli: Cli, data: Path, tmp_path: Path) -> None:

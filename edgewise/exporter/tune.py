@@ -49,7 +49,7 @@ SETTLINGS = 4
 FAILURES = 200
 """Exchanges in a row that gave nothing new, before there is taken to be nothing."""
 Progress = Callable[[int, int, str], None]
-TUNED = "tuned"
+TUNED, UNCOMPRESSED = "tuned", "uncompressed"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Row:
-    """One schedule: tokens behind each site (unprotected), shares of the uncompressed model's costs, and the divergence and the
+    """One schedule, or none: tokens behind each site (unprotected), shares of the uncompressed costs, and the divergence and the
     accuracy (None: there is none) on unseen data. `latency` is None where the budget is none of time."""
 
     name: str
@@ -180,7 +180,7 @@ def tune(
     memory = Memory.open(state_file(out), _key(program, space, seen, unseen, target))
     with Trials(program, space, seen, memory, target) as tried:
         tuning = _Tuning(tried, budget, trials, recipe.seed, tell)
-        chosen = tuning.run()
+        chosen = {**tuning.run(), UNCOMPRESSED: (space.sites.free,) * space.sites.count}
         tell(0, 0, f"judge {len(chosen)} schedules on {unseen.count} samples that were not seen")
         judged = tried.judge(chosen, unseen)
         rows = tuple(tuning.row(name, counts, *judged[name]) for name, counts in chosen.items())
@@ -249,9 +249,10 @@ class _Tuning:
         return 1 + along(shares(self.sites), self.sites, counts)
 
     def row(self, name: str, counts: Counts, divergence: float, accuracy: float | None) -> Row:
-        latency = self.trials.latency(counts) if self.budget.kind == "latency" else None
-        return Row(name, counts, self.space.specs(counts), self.tokens(counts), self.trials.flops(counts), latency, divergence,
-                   accuracy)
+        specs = self.space.specs(counts)
+        flops = self.trials.flops(counts) if specs else 1.0
+        latency = None if self.budget.kind != "latency" else self.trials.latency(counts) if specs else 1.0
+        return Row(name, counts, specs, self.tokens(counts), flops, latency, divergence, accuracy)
 
     # -- steps
 
