@@ -23,7 +23,7 @@ from sshd import Server, needs_sshd, serving
 from tiny_bundles import make
 
 from edgewise.bench import remote
-from edgewise.bench.record import Record, read
+from edgewise.bench.record import Comparison, Record, read
 from edgewise.bench.remote import SshAddress, parse_address
 from edgewise.bench.remote.ssh import Ssh
 from edgewise.bundle import Bundle
@@ -102,6 +102,27 @@ def test_a_bundle_is_measured_there_and_the_record_comes_back(
     assert again.code == 0, again.err
     assert not any(word in again.err for word in ("copy", "virtual environment", "install"))
     assert snapshot(folder / "store") == before
+
+
+def test_bundles_are_measured_there_in_turn(bench: Cli, bundle: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other = make(tmp_path / "other", tiny_programs.block()).path
+    out = tmp_path / "comparison.json"
+    said = bench("--compare", other, bundle, "-o", out)
+    assert said.code == 0, said.err
+    found = read(out)
+    assert isinstance(found, Comparison)
+    # Called by their places here, and each with its own digest: the first and the third are the same bundle.
+    assert found.bundles == (str(bundle), str(other), str(bundle))
+    first, second, third = found.records
+    assert first.bundle_digest == third.bundle_digest != second.bundle_digest
+    label = f"onnxruntime/{ROLE}/fp32"
+    assert [(one.bundle, one.artifact, one.baseline) for one in found.ratios] == [(1, label, label), (2, label, label)]
+    assert {one.measurements[0].latency.n for one in found.records if one.measurements[0].latency} == {3}
+    for record in found.records:
+        assert "cannot install openvino>=" in record.skipped[f"openvino/{ROLE}/fp32"]
+    alone = bench("--compare")
+    assert alone.code == 2 and "two bundles or more" in alone.err
 
 
 def test_only_what_changed_is_copied(bench: Cli, bundle: Path, tmp_path: Path) -> None:

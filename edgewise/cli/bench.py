@@ -16,7 +16,7 @@ from edgewise.cli.screen import Result, Screen
 from edgewise.errors import InputError
 
 if TYPE_CHECKING:
-    from edgewise.bench import Record
+    from edgewise.bench import Comparison, Record
     from edgewise.bundle import Bundle
 
 
@@ -62,8 +62,6 @@ def bench(
 
     if len(bundles) > 1 and not compare:
         raise InputError(f"{len(bundles)} bundles are given: add --compare to measure them in turn")
-    if on is not None and compare:
-        raise InputError("--compare works on this machine: leave out --on, or run edgewise on the device")
     screen = Screen(json, quiet)
     with screen.progress() as step:
         opened = [Bundle.open(bundle) for bundle in bundles]
@@ -73,7 +71,7 @@ def bench(
         }
         measure: Callable[..., library.Record | library.Comparison]
         if on is not None:
-            measure = _elsewhere(on, opened[0], ssh_config, remote_python)
+            measure = _elsewhere(on, opened, compare, ssh_config, remote_python)
         elif compare:
             measure = partial(library.compare, opened)
         else:
@@ -89,8 +87,10 @@ def bench(
     return Result(document, 1 if invalid else 0)
 
 
-def _elsewhere(on: str, bundle: Bundle, ssh_config: Path | None, python: str) -> Callable[..., Record]:
-    from edgewise.bench.remote import AdbAddress, bench_on_ssh, parse_address
+def _elsewhere(
+    on: str, bundles: list[Bundle], compare: bool, ssh_config: Path | None, python: str
+) -> Callable[..., Record | Comparison]:
+    from edgewise.bench.remote import AdbAddress, bench_on_ssh, compare_on_ssh, parse_address
 
     address = parse_address(on)
     if isinstance(address, AdbAddress):
@@ -98,4 +98,6 @@ def _elsewhere(on: str, bundle: Bundle, ssh_config: Path | None, python: str) ->
             "benchmarks over adb are not there yet: on an Android device run an SSH server (that of Termux, say) and give "
             "--on ssh://user@host:8022"
         )
-    return partial(bench_on_ssh, address, bundle, config=ssh_config, python=python)
+    if compare:
+        return partial(compare_on_ssh, address, bundles, config=ssh_config, python=python)
+    return partial(bench_on_ssh, address, bundles[0], config=ssh_config, python=python)

@@ -1,4 +1,4 @@
-"""Benchmarks on another machine: copy a bundle there, prepare it, run, and bring the record back."""
+"""Benchmarks on another machine: copy bundles there, prepare it, run, and bring the record back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import edgewise
-from edgewise.bench.record import Record, parse
+from edgewise.bench.record import Comparison, Record, parse
 from edgewise.bench.remote.address import AdbAddress, SshAddress, parse_address
 from edgewise.bench.remote.ssh import Ssh
 from edgewise.bundle.manifest import MANIFEST_NAME, dump
@@ -43,12 +43,50 @@ def bench_on_ssh(
     Raises `InputError` if the machine cannot be reached, is not who it was, has no room, or cannot run any artifact. Nothing is
     written here; what has arrived there is used by the next try.
     """
+    found = _measured_there(address, [bundle], targets, config, python, progress, how)
+    if not isinstance(found, Record):
+        raise InputError("the device sent a comparison, and one bundle was to be measured")
+    return found
+
+
+def compare_on_ssh(
+    address: SshAddress,
+    bundles: Sequence[Bundle],
+    targets: Sequence[str] | None = None,
+    *,
+    config: Path | None = None,
+    python: str = "python3",
+    progress: Callable[[str], None] | None = None,
+    **how: Any,
+) -> Comparison:
+    """Measure several bundles on another machine in turn, as `edgewise.bench.compare` with the arguments `how` would there.
+
+    Arguments and errors are those of `bench_on_ssh`; the bundles are called by their places here.
+    """
+    if len(bundles) < 2:
+        raise InputError("a comparison needs two bundles or more")
+    found = _measured_there(address, bundles, targets, config, python, progress, how)
+    if not isinstance(found, Comparison):
+        raise InputError("the device sent one record, and bundles were to be compared")
+    return found.model_copy(update={"bundles": tuple(str(bundle.path) for bundle in bundles)})
+
+
+def _measured_there(
+    address: SshAddress,
+    bundles: Sequence[Bundle],
+    targets: Sequence[str] | None,
+    config: Path | None,
+    python: str,
+    progress: Callable[[str], None] | None,
+    how: dict[str, Any],
+) -> Record | Comparison:
+    """The record of one bundle, or the comparison of several."""
     tell = progress or (lambda line: None)
-    artifacts = choose(bundle, targets)
-    trees = {"bundle": _files_of(bundle), "package": package_files()}
-    digests = {kind: {name: digest(path) for name, path in files.items()} for kind, files in trees.items()}
-    sources = {digests[kind][name]: path for kind, files in trees.items() for name, path in files.items()}
-    names = {kind: _tree_name(found) for kind, found in digests.items()}
+    artifacts = [artifact for bundle in bundles for artifact in choose(bundle, targets)]
+    trees = [package_files(), *(_files_of(bundle) for bundle in bundles)]
+    digests = [{name: digest(path) for name, path in files.items()} for files in trees]
+    sources = {found[name]: path for found, files in zip(digests, trees, strict=True) for name, path in files.items()}
+    package, *names = [_tree_name(found) for found in digests]
     device = Ssh(address, config=config, python=python)
     tell(f"connect to {device.name}")
     sizes = {name: path.stat().st_size for name, path in sources.items()}
@@ -59,20 +97,20 @@ def bench_on_ssh(
         tell(f"copy {len(missing)} of {len(sources)} files, {size / 2**20:.1f} MiB")
         wanted = {name: sources[name] for name in missing}
         device.copy(wanted, missing, f"{folder}/incoming", rsync=found.get("rsync") is True)
-    order = {"bundle": names["bundle"], "targets": list(targets) if targets else None, "how": how}
+    order = {"bundles": names, "targets": list(targets) if targets else None, "how": how}
     result = device.ask(
         {
             "verb": "go",
             "folder": address.folder,
-            "trees": {names[kind]: found for kind, found in digests.items()},
-            "package": names["package"],
+            "trees": dict(zip([package, *names], digests, strict=True)),
+            "package": package,
             "base": list(DEPENDENCIES),
             "runtimes": {target: _requirements(target) for target in dict.fromkeys(one.target for one in artifacts)},
             "order": order,
         },
         tell,
     )
-    return _record(result, bundle, device.name)
+    return _checked(result, bundles, device.name)
 
 
 def _files_of(bundle: Bundle) -> dict[str, Path]:
@@ -113,13 +151,22 @@ def _answer(found: Any, sources: dict[str, Path]) -> tuple[str, dict[str, int]]:
     return folder, missing
 
 
-def _record(result: Any, bundle: Bundle, name: str) -> Record:
-    """The record in a device's answer, checked as one from anywhere."""
-    record = parse(json.dumps(result).encode(), f"the record of {name}")
-    ours = hashlib.sha256(dump(bundle.manifest)).hexdigest()
-    if not isinstance(record, Record) or record.bundle_digest != ours:
+def _checked(result: Any, bundles: Sequence[Bundle], name: str) -> Record | Comparison:
+    """The record or the comparison in a device's answer, checked as one from anywhere."""
+    found = parse(json.dumps(result).encode(), f"the record of {name}")
+    records = found.records if isinstance(found, Comparison) else (found,)
+    ours = [hashlib.sha256(dump(bundle.manifest)).hexdigest() for bundle in bundles]
+    if [record.bundle_digest for record in records] != ours:
         raise InputError(f"{name} sent the record of another bundle")
-    return record
+    return found
 
 
-__all__ = ["DEPENDENCIES", "AdbAddress", "SshAddress", "bench_on_ssh", "package_files", "parse_address"]
+__all__ = [
+    "DEPENDENCIES",
+    "AdbAddress",
+    "SshAddress",
+    "bench_on_ssh",
+    "compare_on_ssh",
+    "package_files",
+    "parse_address",
+]

@@ -226,7 +226,7 @@ def go(request: dict[str, Any]) -> None:
         raise Stop(f"{len(missing)} files did not arrive whole: run the command again")
     trees = {name: plant(folder, name, files) for name, files in request["trees"].items()}
     python, lacks = environment(folder, request)
-    order = {**request["order"], "bundle": trees[request["order"]["bundle"]], "lacks": lacks}
+    order = {**request["order"], "bundles": [trees[name] for name in request["order"]["bundles"]], "lacks": lacks}
     path = os.pathsep.join([trees[request["package"]], *filter(None, [os.environ.get("PYTHONPATH")])])
     here = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "EDGEWISE_ORDER": json.dumps(order)}
     os.chdir(folder)

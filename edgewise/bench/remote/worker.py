@@ -7,7 +7,7 @@ import os
 import threading
 from typing import Any
 
-from edgewise.bench import bench
+from edgewise.bench import Comparison, Record, bench, compare
 from edgewise.bundle import Bundle
 from edgewise.errors import EdgewiseError
 
@@ -25,15 +25,27 @@ def main() -> None:
     order = json.loads(os.environ.pop("EDGEWISE_ORDER"))
     lacks = order["lacks"]
     try:
-        bundle = Bundle.open(order["bundle"])
-        record = bench(bundle, order["targets"], progress=lambda line: say(progress=line), **order["how"])
+        bundles = [Bundle.open(folder) for folder in order["bundles"]]
+        how = {"progress": lambda line: say(progress=line), **order["how"]}
+        one = len(bundles) == 1
+        found = bench(bundles[0], order["targets"], **how) if one else compare(bundles, order["targets"], **how)
     except EdgewiseError as error:
         reasons = "".join(f"\n{reason}" for reason in lacks.values())
         say(error=f"{error}{reasons}")
     else:
-        labels = {one.label: one.target for one in bundle.manifest.targets}
-        skipped = {label: lacks.get(labels[label], reason) for label, reason in record.skipped.items()}
-        say(result=record.model_copy(update={"skipped": skipped}).model_dump(mode="json"))
+        if isinstance(found, Record):
+            told: Record | Comparison = _explained(found, bundles[0], lacks)
+        else:
+            records = tuple(_explained(*pair, lacks) for pair in zip(found.records, bundles, strict=True))
+            told = found.model_copy(update={"records": records})
+        say(result=told.model_dump(mode="json"))
+
+
+def _explained(record: Record, bundle: Bundle, lacks: dict[str, str]) -> Record:
+    """The record with why a runtime could not be installed, where an artifact was skipped for it."""
+    labels = {one.label: one.target for one in bundle.manifest.targets}
+    skipped = {label: lacks.get(labels[label], reason) for label, reason in record.skipped.items()}
+    return record.model_copy(update={"skipped": skipped})
 
 
 def _end_with_stdin() -> None:
