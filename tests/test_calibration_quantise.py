@@ -279,7 +279,7 @@ def test_weights_are_rounded_to_the_nearest_code(artifacts: Artifacts) -> None:
             code = held[name.removesuffix(".scale")]
             if code.shape[0] == CLASSES:  # a Gemm, whose weight is the other way round
                 code, scale = code.T, scale.T
-            layer = layer_of(name.removeprefix("quantised/").removesuffix(".scale"))
+            layer = name.removeprefix("quantised/").removesuffix(".scale")
             wanted = model().get_parameter(f"{layer}.weight").detach().numpy().T
             blocks = code.shape[0] // scale.shape[0] if precision == "w4a16" else 1
             full = np.repeat(scale, blocks, axis=0) if precision == "w4a16" else scale[None]

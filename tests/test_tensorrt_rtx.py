@@ -57,7 +57,7 @@ def test_engines_for_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         rtx.check_engine(plan, "sm86", path)
     for damage, message in (
         (lambda: note.write_text(note.read_text().replace(rtx.package().__version__, "1.6.0.1")), "built for tensorrt-rtx 1.6.0.1"),
-        (lambda: path.write_bytes(path.read_bytes() + b"\0\0"), "from another model than m-fp32.onnx"),
+        (lambda: path.write_bytes(path.read_bytes() + b"\0\0"), "m-fp32.sm89.engine was built from another model"),
         (lambda: plan.write_bytes(plan.read_bytes()[:-5]), "is damaged"),
         (lambda: note.write_text("[]"), "does not say what"),
         (note.unlink, "does not say what"),

@@ -81,7 +81,7 @@ def choices_of(
             input_names=input_names,
             output_names=[*output_names, *names],
         )
-        with target.load(files) as session:
+        with target.rehearse(files) as session:
             for feed in feeds:
                 found = session.run_anew(feed)
                 chosen: dict[str, Choice] = {}

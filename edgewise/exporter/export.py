@@ -348,7 +348,7 @@ def _quantised(job: Job, low: Lowered, data: Data | None, samples: list[dict[str
 
 def _outputs(target: Target, files: Sequence[Path], samples: list[dict[str, Tensor]]) -> Outputs:
     """What an artifact gives on the samples, stacked."""
-    with target.load(files) as session:
+    with target.rehearse(files) as session:
         results = [session.run_anew({k: as_array(v) for k, v in sample.items()}) for sample in samples]
     return {k: np.stack([r[k] for r in results]) for k in results[0]}
 
@@ -527,8 +527,11 @@ def _lower_all(
         if key not in legalised:
             legalised[key] = steps[target.name](stored).program
         precision = job.lowered_precision(target)
-        root = folder if precision == job.recipe.precision else place
-        files = _lower(job, target, legalised[key], program, root / target.name, precision)
+        shipped = precision == job.recipe.precision
+        root = folder if shipped else place
+        # What is built for devices is built of the quantised artifact.
+        maker = target if shipped else target_registry.get(target.name)
+        files = _lower(job, maker, legalised[key], program, root / target.name, precision)
         artifact = Artifact(
             target=target.name,
             role=program.role,
@@ -569,7 +572,7 @@ def _lower(
             "target": target.name,
             "versions": target.versions(),
             "precision": precision,
-            "devices": job.recipe.devices if target.ahead_of_time else (),
+            "devices": target.devices,
             "inputs": names,
             "outputs": program.output_names,
             "stem": program.role,

@@ -131,7 +131,7 @@ def quantise(
         assert data is not None and data.held_out is not None
         controlled = _control(target, quantiser, kept, data, wish.max_drop, tell)
     floating = [one.layer for one in controlled.floating] if controlled is not None else []
-    written = quantiser.write(folder, stem, [*kept, *floating])
+    written = target.finish(quantiser.write(folder, stem, [*kept, *floating]))
     return written, _record(quantiser, kept, data, controlled), tuple(f"{target.name}: {note}" for note in quantiser.notes)
 
 
@@ -144,7 +144,7 @@ def _control(
         def make(floating: Collection[str]) -> Candidate:
             last.close()  # one artifact is loaded at a time
             written = quantiser.write(Path(place), "candidate", [*kept, *floating])
-            session = last.enter_context(target.load(written))
+            session = last.enter_context(target.rehearse(written))
             return Candidate(lambda feed: session.run({**feed, **data.added}), sum(one.stat().st_size for one in written))
 
         free = [layer for layer in quantiser.layers if layer not in kept]

@@ -42,10 +42,10 @@ def descending_rank(score: Tensor) -> Tensor:
     """The place `(B, N)` of each score `(B, N, 1)` in descending order, ties to the lowest index, as float: counts of
     comparisons."""
     count = score.shape[1]
-    mine, other = score, score.transpose(1, 2)
+    mine, other = score.transpose(1, 2), score
     index = torch.arange(count, device=score.device)
-    earlier = (index[None, :] < index[:, None])[None]
-    return ((other > mine) | ((other == mine) & earlier)).to(torch.float32).sum(-1)
+    earlier = (index[:, None] < index[None, :])[None]
+    return ((other > mine) | ((other == mine) & earlier)).to(torch.float32).sum(1)
 
 
 def one_hot(index: Tensor, count: int) -> Tensor:
@@ -54,9 +54,9 @@ def one_hot(index: Tensor, count: int) -> Tensor:
     return (index.to(torch.float32)[:, :, None] == places).to(torch.float32)
 
 
-def place_by_rank(rank: Tensor, wanted: int, value: Tensor) -> Tensor:
-    """`value (B, N, 1)` reordered by `rank (B, N)`, of which the places 0 to `wanted` - 1 are taken: `(B, wanted)`."""
-    places = torch.arange(wanted, device=rank.device, dtype=torch.float32)
+def place_by_rank(rank: Tensor, wanted: int, value: Tensor, first: int = 0) -> Tensor:
+    """`value (B, N, 1)` reordered by `rank (B, N)`, of which `wanted` places from `first` on are taken: `(B, wanted)`."""
+    places = torch.arange(first, first + wanted, device=rank.device, dtype=torch.float32)
     chosen = (rank[:, None, :] == places[None, :, None]).to(torch.float32)
     return (chosen @ value)[:, :, 0]
 
@@ -68,10 +68,10 @@ def column(values: Tensor, batch: int) -> Tensor:
 
 
 def rank_among(flags: Tensor) -> Tensor:
-    """For `flags (B, N)` of zeros and ones: how many ones come before each one, and -1 for each zero."""
+    """For `flags (B, N)` of zeros and ones: the number of each one among them, from 1 on, and 0 for each zero."""
     count = flags.shape[1]
     until = torch.ones(count, count, device=flags.device, dtype=torch.float32).triu()
-    return (flags @ until) * flags - 1
+    return (flags @ until) * flags
 
 
 def similarity(metric: Tensor, protected: int, padding: Tensor | None) -> Tensor:
@@ -125,16 +125,18 @@ def _(metric: Tensor, r: int, protected: int, padding: Tensor | None = None) -> 
 def _(metric: Tensor, r: int, protected: int, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     scores = similarity(metric, protected, padding)
     best = scores.amax(dim=-1, keepdim=True)
-    place = torch.arange(scores.shape[-1], device=metric.device, dtype=torch.float32)
-    partner = torch.where(scores == best, place, float(scores.shape[-1])).amin(dim=-1, keepdim=True)
+    # Tokens of B follow those that are protected and those of A that do not merge.
+    before, columns = protected + scores.shape[1] - r, scores.shape[2]
+    place = torch.arange(before, before + columns, device=metric.device, dtype=torch.float32)
+    partner = torch.where(scores == best, place, float(before + columns)).amin(dim=-1, keepdim=True)
     rank = descending_rank(best)
     rows, _ = match.protected_split(protected)
     even = column(torch.arange(2 * rows, metric.shape[1], 2, device=metric.device), metric.shape[0])
     # Where A stays in order, merged tokens get a rank that no place has.
-    rest_rank = rank_among((rank >= r).to(torch.float32)) if protected else rank - r
-    unmerged = place_by_rank(rest_rank, scores.shape[1] - r, even)
+    rest, first = (rank_among((rank >= r).to(torch.float32)), 1) if protected else (rank, r)
+    unmerged = place_by_rank(rest, scores.shape[1] - r, even, first)
     kept = kept_tokens(unmerged, metric.shape[1], protected)
-    into = place_by_rank(rank, r, partner) + (protected + unmerged.shape[1])
+    into = place_by_rank(rank, r, partner)
     return kept.to(torch.int64), place_by_rank(rank, r, even).to(torch.int64), into.to(torch.int64)
 
 
@@ -219,7 +221,7 @@ def _(score: Tensor, keep: int, protected: int) -> Tensor:
     free = finite(score[:, protected:])
     chosen = (descending_rank(free[:, :, None]) < keep).to(torch.float32)
     index = column(torch.arange(protected, score.shape[1], device=score.device), score.shape[0])
-    best = place_by_rank(rank_among(chosen), keep, index).to(torch.int64)
+    best = place_by_rank(rank_among(chosen), keep, index, 1).to(torch.int64)
     return torch.cat([torch.arange(protected, device=score.device).expand(score.shape[0], -1), best], dim=1)
 
 

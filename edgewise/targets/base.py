@@ -233,6 +233,8 @@ class Target(ABC):
     """Packages that `quantiser` needs besides the others."""
     ahead_of_time: ClassVar[bool] = False
     """Whether it can build for a device that is not there (`for_devices`)."""
+    devices: tuple[str, ...] = ()
+    """What it also builds for."""
 
     def check(self, *, runtime_only: bool = False, precision: str | None = None) -> list[str]:
         """Warnings about packages whose version was not tested.
@@ -293,12 +295,21 @@ class Target(ABC):
         """
         raise InputError(f"target {self.name} does not quantise to {precision}")
 
+    def finish(self, files: Sequence[Path]) -> list[Path]:
+        """What is done with a quantised artifact that will be shipped, and not with those that are only tried: checks, and what is
+        built ahead of time. Gives all files, the main one first. Raises `InputError` if the artifact does not pass."""
+        return list(files)
+
     @abstractmethod
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
         """Load an artifact, the main file first. `threads`: of the runtime; None is the runtime's own choice.
 
         Raises `MissingExtra` if the runtime is absent, `InputError` if the files cannot be loaded.
         """
+
+    def rehearse(self, files: Sequence[Path]) -> Session:
+        """Load an artifact where it is made, to verify it: as `load`, but with nothing built for a device."""
+        return self.load(files)
 
     def command(self, files: Sequence[Path]) -> str | None:
         """A command of the runtime's own tools that builds and times an artifact, the main file first. None: there is none."""

@@ -7,6 +7,7 @@ stay in floating point. The form is the one that ONNX Runtime fuses and that Ten
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from edgewise.targets.base import layer_of
+from edgewise.targets.base import LAYER, layer_of
 from edgewise.targets.scales import smoothing
 
 if TYPE_CHECKING:
     from edgewise.targets.onnx.lower import Weights
 
-BLOCKS = (32, 16)
-"""Inputs that share a scale at four bits: the first size that divides the inputs of a layer."""
 _FOUR_BITS = 21  # the first opset with whole numbers of four bits
 _ZERO = "edgewise.zero"
 
@@ -37,6 +36,28 @@ class Layer:
     weight: str
     outputs: int
     inputs: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a runtime takes at four bits. `blocks`: inputs that share a scale, the first size that divides the inputs of a layer;
+    `mixed`: layers without such a size, convolutions among them, are stored in eight bits."""
+
+    blocks: tuple[int, ...] = (32, 16)
+    mixed: bool = True
+
+    def block(self, weight: np.ndarray, layer: Layer, bits: int) -> int:
+        """Inputs of a layer that share a scale; 0: all."""
+        if bits != 4 or weight.ndim != 2:
+            return 0
+        return next((n for n in self.blocks if weight.shape[layer.inputs] % n == 0), 0)
+
+    def takes(self, weight: np.ndarray, layer: Layer, bits: int) -> bool:
+        """Whether the layer can be quantised."""
+        return self.mixed or bits != 4 or self.block(weight, layer, bits) > 0
+
+
+FORM = Form()
 
 
 def find_layers(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> list[Layer]:
@@ -76,11 +97,15 @@ def quantised(
     layers: Collection[Layer],
     bits: int,
     ranges: Mapping[str, np.ndarray] | None = None,
+    form: Form = FORM,
 ) -> tuple[onnx.ModelProto, Weights]:
-    """A copy of a model with the weights of `layers` quantised to `bits`, and, with `ranges`, their activations to 8."""
+    """A copy of a model with the weights of `layers` quantised to `bits`, and, with `ranges`, their activations to 8.
+
+    Scales have the type of the weights, which is that of the layer's values in a model that is strongly typed.
+    """
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    change = _Change(made, dict(weights))
+    change = _Change(made, dict(weights), form)
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
         groups.setdefault(layer.source, []).append(layer)
@@ -95,9 +120,11 @@ def quantised(
 class _Change:
     """What is added to a model: nodes in front of others, and weights in the place of others."""
 
-    def __init__(self, model: onnx.ModelProto, weights: Weights) -> None:
-        self.model, self.weights = model, weights
+    def __init__(self, model: onnx.ModelProto, weights: Weights, form: Form) -> None:
+        self.model, self.weights, self.form = model, weights, form
         self.nodes = {node.name: node for node in model.graph.node}
+        self._made_by = {output: node for node in model.graph.node for output in node.output}
+        self._reads = Counter(_read(model.graph))
         self._added: dict[str, list[onnx.NodeProto]] = {}  # by the node that they go in front of
         self._smoothed: dict[str, np.ndarray] = {}
         self._four_bits = False
@@ -105,37 +132,60 @@ class _Change:
     def smooth(self, source: str, group: list[Layer], largest: np.ndarray) -> None:
         """Let a group of layers read the source in 8 bits, its channels scaled so that none needs a much wider range than
         others."""
-        scale = np.ones_like(largest)
+        kind = self.weights[group[0].weight].dtype
+        largest = largest.astype(np.float32)
+        factor = np.ones_like(largest)
         if all(layer.op != "Conv" for layer in group):
-            scale = smoothing(largest, [np.moveaxis(self.weights[one.weight], one.outputs, 0) for one in group])
+            matrices = [np.moveaxis(self.weights[one.weight], one.outputs, 0).astype(np.float32) for one in group]
+            factor = 1 / smoothing(largest, matrices)
+            factor = factor.astype(kind).astype(np.float32)  # what it is rounded to is undone by the weights
         first, smoothed = group[0], source
-        if not (scale == 1).all():
-            smoothed = self._node(first, "Mul", [source, self._constant(f"{source}.smooth", 1 / scale)], f"{source}.smoothed")
+        if not (factor == 1).all():
+            if not self._scale_norm(source, group, factor):
+                by = self._constant(f"{source}.smooth", factor.astype(kind))
+                smoothed = self._node(first, "Mul", [source, by], f"{source}.smoothed")
             for layer in group:
                 shape = [-1 if axis == layer.inputs else 1 for axis in range(2)]
-                self._smoothed[layer.node] = (self.weights[layer.weight] * scale.reshape(shape)).astype(np.float32)
-        step = np.float32((largest / scale).max() / 127)
+                self._smoothed[layer.node] = self.weights[layer.weight] / factor.reshape(shape)
+        step = _step((largest * factor).max(), 127, kind)
         zero, one = self._constant(_ZERO, np.int8(0)), self._constant(f"{source}.scale", step)
         code = self._node(first, "QuantizeLinear", [smoothed, one, zero], f"{source}.int8")
         value = self._node(first, "DequantizeLinear", [code, one, zero], f"{source}.quantised")
         for layer in group:
             self.nodes[layer.node].input[0] = value
 
+    def _scale_norm(self, source: str, group: list[Layer], factor: np.ndarray) -> bool:
+        """Let the norm that makes a source scale it, if nobody else reads it. Gives whether it does."""
+        node, reads = self._made_by.get(source), len(group)
+        if node is not None and node.op_type == "Cast" and self._reads[source] == reads:
+            source, reads = node.input[0], 1
+            node = self._made_by.get(source)
+        if node is None or node.op_type != "LayerNormalization" or self._reads[source] != reads:
+            return False
+        if not all(name in self.weights and self.weights[name].shape == factor.shape for name in node.input[1:]):
+            return False
+        for place, name in enumerate(node.input[1:], 1):
+            # Other norms may have the same weights.
+            scaled = (self.weights[name] * factor).astype(self.weights[name].dtype)
+            node.input[place] = self._constant(f"{source}.norm.{place}", scaled)
+        return True
+
     def weight(self, layer: Layer, bits: int) -> None:
         """Store the weight of a layer in whole numbers."""
-        weight = self._smoothed.get(layer.node, self.weights[layer.weight])
-        name = f"quantised/{layer.node}"  # which is not the name of a layer
-        block = next((n for n in BLOCKS if bits == 4 and weight.ndim == 2 and weight.shape[layer.inputs] % n == 0), 0)
+        kind = self.weights[layer.weight].dtype
+        weight = self._smoothed.get(layer.node, self.weights[layer.weight]).astype(np.float32)
+        name = f"quantised/{layer.node.removeprefix(LAYER)}"  # which is not the name of a layer
+        block = self.form.block(weight, layer, bits)
         if block:
             self._four_bits = True
-            code, scale = _blocks(weight, layer.inputs, block)
+            code, scale = _blocks(weight, layer.inputs, block, kind)
             self.model.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT4, code.shape, code.ravel()))
             axis, options = layer.inputs, {"block_size": block}
         else:
             rest = tuple(axis for axis in range(weight.ndim) if axis != layer.outputs)
-            scale = _step(np.abs(weight).max(rest), 127)
+            scale = _step(np.abs(weight).max(rest), 127, kind)
             shape = [-1 if axis == layer.outputs else 1 for axis in range(weight.ndim)]
-            self.weights[name] = np.rint(weight / scale.reshape(shape)).astype(np.int8)
+            self.weights[name] = _code(weight, scale.reshape(shape), 127)
             axis, options = layer.outputs, {}
         inputs = [name, self._constant(f"{name}.scale", scale)]
         self.nodes[layer.node].input[1] = self._node(layer, "DequantizeLinear", inputs, f"{name}.value", axis=axis, **options)
@@ -155,7 +205,7 @@ class _Change:
         return self.model, {name: array for name, array in self.weights.items() if name in used}
 
     def _constant(self, name: str, value: np.ndarray | np.generic) -> str:
-        self.weights[name] = np.asarray(value, value.dtype if value.dtype == np.int8 else np.float32)
+        self.weights[name] = np.asarray(value)
         return name
 
     def _node(self, layer: Layer, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
@@ -174,15 +224,21 @@ def _read(graph: onnx.GraphProto) -> Iterable[str]:
                 yield from _read(attribute.g)
 
 
-def _step(largest: np.ndarray, levels: int) -> np.ndarray:
+def _step(largest: np.ndarray, levels: int, kind: np.dtype) -> np.ndarray:
     """The distance of two values, so that the largest has a code; of nothing but zeros any will do."""
-    return np.where(largest > 0, largest / levels, 1).astype(np.float32)
+    step = np.where(largest > 0, largest / levels, 1).astype(kind)
+    return np.maximum(step, np.finfo(kind).smallest_subnormal)
 
 
-def _blocks(weight: np.ndarray, axis: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+def _code(weight: np.ndarray, step: np.ndarray, levels: int) -> np.ndarray:
+    # Where the type of the steps is coarse, the largest weight may be a little beyond the last code.
+    return np.clip(np.rint(weight / step.astype(np.float32)), -levels, levels).astype(np.int8)
+
+
+def _blocks(weight: np.ndarray, axis: int, block: int, kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """A matrix in whole numbers of -7 to 7, and a scale for each block along an axis."""
     rows = np.moveaxis(weight, axis, 0)
     parts = rows.reshape(-1, block, rows.shape[1])
-    scale = _step(np.abs(parts).max(1), 7)
-    code = np.rint(parts / scale[:, None]).astype(np.int8).reshape(rows.shape)
+    scale = _step(np.abs(parts).max(1), 7, kind)
+    code = _code(parts, scale[:, None], 7).reshape(rows.shape)
     return np.moveaxis(code, 0, axis), np.ascontiguousarray(np.moveaxis(scale, 0, axis))

@@ -55,10 +55,11 @@ class OnnxRuntime(Target):
         return lower(exported, folder, stem, precision, input_names, output_names)
 
     def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
-        from edgewise.targets.onnxruntime.quantise import OnnxQuantiser
+        from edgewise.targets.onnx.quantiser import Kind, OnnxQuantiser
+        from edgewise.targets.onnxruntime.lower import halve
 
         self.check()
-        return OnnxQuantiser(files, precision, feeds)
+        return OnnxQuantiser(files, precision, feeds, Kind(self.name, store=halve))
 
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
         from edgewise.targets.onnxruntime.session import OnnxRuntimeSession

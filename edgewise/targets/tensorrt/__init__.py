@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgewise.errors import MissingExtra
-from edgewise.targets.base import Requirement, Session, Target, Tolerance
+from edgewise.targets.base import Feeds, Quantiser, Requirement, Session, Target, Tolerance
 from edgewise.targets.tensorrt import rtx
+from edgewise.targets.tensorrt import session as device_session
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+
+    from edgewise.targets.tensorrt.origin import Origin
 
 
 class TensorRT(Target):
     """One `.onnx` file, or two above 1.8 GB, that says the type of every operation with explicit casts: TensorRT builds a strongly
     typed network of it. With `fp16` matrix products and what lies between them compute in half precision; norms, softmax and
-    all that scores and chooses tokens compute in single precision."""
+    all that scores and chooses tokens compute in single precision. `w8a8` is `fp16` whose layers compute in 8 bits; `w4a16` is
+    `fp16` whose layers have weights of 4 bits."""
 
     name = "tensorrt"
     description = "strongly typed ONNX for TensorRT 10 and newer, on NVIDIA Jetson and RTX"
@@ -29,7 +33,9 @@ class TensorRT(Target):
         Requirement("onnxscript", minimum="0.5.0", tested="0.7.2", extra="export", runtime=False),
         Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
     )
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", "w8a8", "w4a16")
+    quantises = ("w8a8", "w4a16")
+    quantises_from = "fp16"
     # TensorRT does not say which of equal values its TopK takes first, and takes no more than 3840 of them: choices are made
     # by comparison, which leaves no freedom. Rows are gathered.
     realisations = {
@@ -48,10 +54,12 @@ class TensorRT(Target):
         self.devices = tuple(dict.fromkeys(devices))
 
     def tolerance(self, precision: str) -> Tolerance:
-        """Of half-precision arithmetic, whose numbers have 11 bits, for `fp16`."""
-        return Tolerance(relative=1e-2, near_tie=1e-2) if precision == "fp16" else Tolerance()
+        """Of half-precision arithmetic, whose numbers have 11 bits, for all but `fp32`."""
+        return Tolerance() if precision == "fp32" else Tolerance(relative=1e-2, near_tie=1e-2)
 
     def check(self, *, runtime_only: bool = False, precision: str | None = None) -> list[str]:
+        if runtime_only and device_session.installed():
+            return []  # it runs there, and where it cannot, `load` says what is missing
         warnings = super().check(runtime_only=runtime_only, precision=precision)
         if not runtime_only:
             try:
@@ -63,8 +71,11 @@ class TensorRT(Target):
 
     def versions(self, *, runtime_only: bool = False, precision: str | None = None) -> dict[str, str]:
         known = super().versions(runtime_only=runtime_only, precision=precision)
+        if runtime_only:
+            here = device_session.version()
+            return known if here is None else {**known, device_session.MODULE: here}
         version = rtx.BINDINGS.installed
-        return known if runtime_only or version is None else {**known, rtx.BINDINGS.package: version}
+        return known if version is None else {**known, rtx.BINDINGS.package: version}
 
     def for_devices(self, devices: Sequence[str]) -> TensorRT:
         """Devices are compute capabilities of RTX PCs (`sm86`); raises `MissingExtra` without the extra `tensorrt-rtx`."""
@@ -89,6 +100,23 @@ class TensorRT(Target):
         self.check()
         self.check_precision(precision)
         files, origins = lower(exported, folder, stem, precision, input_names, output_names)
+        return self._checked(files, origins)
+
+    def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
+        from edgewise.targets.onnx.quantiser import Kind, OnnxQuantiser
+        from edgewise.targets.tensorrt.precision import FOUR_BITS
+
+        self.check()
+        quantiser = OnnxQuantiser(files, precision, feeds, Kind(self.name, FOUR_BITS))
+        if precision == "w4a16":
+            quantiser.notes += ("weights of 4 bits need opset 21, which TensorRT reads from 10.9 on: JetPack 7, and not 6",)
+        return quantiser
+
+    def finish(self, files: Sequence[Path]) -> list[Path]:
+        """Parsed by NVIDIA's parser where that is installed, and built for the devices."""
+        return self._checked(list(files), None)
+
+    def _checked(self, files: list[Path], origins: Mapping[str, Origin] | None) -> list[Path]:
         if rtx.installed() and not self.devices:
             rtx.parse(files[0], origins)
         for device in self.devices:
@@ -96,12 +124,23 @@ class TensorRT(Target):
         return files
 
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
+        """TensorRT where its package and a GPU are, and ONNX Runtime on the CPU elsewhere, which `stand_in` of the session says."""
+        try:
+            return device_session.TensorRTSession(Path(files[0]), device_session.package(), device_session.device())
+        except device_session.NoDevice as reason:
+            why = str(reason)
+        super().check(runtime_only=True)
+        session = self._on_the_cpu(files, threads)
+        session.stand_in = f"ONNX Runtime on the CPU in the place of TensorRT ({why})"
+        return session
+
+    def rehearse(self, files: Sequence[Path]) -> Session:
+        return self._on_the_cpu(files, None)
+
+    def _on_the_cpu(self, files: Sequence[Path], threads: int | None) -> Session:
         from edgewise.targets.onnxruntime.session import OnnxRuntimeSession
 
-        self.check(runtime_only=True)
-        session = OnnxRuntimeSession(files, threads=threads)
-        session.stand_in = "ONNX Runtime on the CPU in the place of TensorRT"
-        return session
+        return OnnxRuntimeSession(files, threads=threads)
 
     def command(self, files: Sequence[Path]) -> str:
         """Of `trtexec`, as it is on a Jetson. TF32 is off, as in engines that are built here."""

@@ -34,7 +34,9 @@ def lower(
     model, origins = typed(exported, precision, input_names, output_names)
     drop_notes(model)
     weights = take_weights(model)
-    return write(onnx_ir.to_proto(model), weights, Path(folder) / f"{stem}.onnx", TARGET), origins
+    proto = onnx_ir.to_proto(model)
+    del proto.graph.value_info[:]  # types and shapes inside follow from those of the inputs
+    return write(proto, weights, Path(folder) / f"{stem}.onnx", TARGET), origins
 
 
 def typed(
@@ -43,19 +45,23 @@ def typed(
     """The model in the types that it will compute in, and the origins of its nodes, by name."""
     from onnx_ir.passes import common
 
+    from edgewise.targets.tensorrt.guards import move_guards
     from edgewise.targets.tensorrt.origin import Origins
-    from edgewise.targets.tensorrt.precision import compute_in_half, index_in_32_bits
-    from edgewise.targets.tensorrt.tidy import tidy
+    from edgewise.targets.tensorrt.precision import compare_as_numbers, compute_in_half, index_in_32_bits
+    from edgewise.targets.tensorrt.tidy import store_masks, tidy
 
     model = convert(exported, TARGET, input_names, output_names)
     common.ShapeInferencePass()(model)
     origins = Origins(exported)
     _check_types(model, origins)
+    move_guards(model)
     tidy(model)
     index_in_32_bits(model, origins)
+    compare_as_numbers(model, origins)
     if precision == "fp16":
         compute_in_half(model, origins)
     tidy(model)
+    store_masks(model)
     return model, origins.rename(model)
 
 

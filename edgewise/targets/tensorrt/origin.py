@@ -9,6 +9,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from edgewise.passes.graph import MADE_BY, source_line
+from edgewise.targets.base import layer_of
 
 # What torch's exporter notes at each node that it makes.
 _NODE = "pkg.torch.onnx.fx_node"
@@ -66,11 +67,13 @@ class Origins:
         return Origin(name, str(known.target), known.meta.get(MADE_BY), source_line(known), node.op_type)
 
     def rename(self, model: ir.Model) -> dict[str, Origin]:
-        """Name every node after its origin; gives the origins by name."""
+        """Name every node after its origin, but those of layers, which have their names; gives the origins by name."""
         found: dict[str, Origin] = {}
         for number, node in enumerate(model.graph.all_nodes()):
             origin = self.of(node)
             base = origin.name if origin is not None else f"model/{node.op_type}"
+            if layer_of(node.name or "") is not None:
+                base = node.name or ""
             name, count = base, 1
             while name in found:
                 count += 1

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from edgewise.targets.half import HALVE_FROM
+from edgewise.targets.onnx.quantise import Form
 from edgewise.targets.tensorrt.origin import Origins
-from edgewise.targets.tensorrt.retype import Kind, Rule, is_constant, retype
+from edgewise.targets.tensorrt.retype import Kind, Rule, constant, is_constant, retype
 
 # Sums of products, which tensor cores form in single precision out of half-precision operands.
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
@@ -26,9 +28,13 @@ INDEXED = frozenset(
     {"Add", "Sub", "Mul", "Neg", "Abs", "Min", "Max", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "Cast",
      "ReduceSum", "ReduceMax", "ReduceMin"}
 ) | MOVES  # fmt: skip
+FOUR_BITS = Form(blocks=(128, 64), mixed=False)
+"""TensorRT takes weights of four bits in blocks of 64 or 128 inputs:
+https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/quantized-types-schemes.html"""
 _LOOKUPS = frozenset({"Gather", "GatherElements", "GatherND"})
 _LEAST, _MOST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 _EXACT = 2.0**-10
+_WHOLE = 2**24
 
 
 def compute_in_half(model: ir.Model, origins: Origins) -> None:
@@ -40,6 +46,32 @@ def compute_in_half(model: ir.Model, origins: Origins) -> None:
 def index_in_32_bits(model: ir.Model, origins: Origins) -> None:
     """What compression computes with indices in 32 bits: they count tokens. The model's own integers stay as they are."""
     retype(model, ir.DataType.INT64, ir.DataType.INT32, _short(origins))
+
+
+def compare_as_numbers(model: ir.Model, origins: Origins) -> None:
+    """Positions that compression casts to whole numbers only to compare them with constants are compared as they are: they are
+    whole, and far below what single precision holds."""
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type != "Equal":
+            continue
+        for place in (0, 1):
+            cast, other = node.inputs[place], node.inputs[1 - place]
+            made = cast.producer() if cast is not None else None
+            origin = origins.of(made) if made is not None and made.op_type == "Cast" else None
+            source = made.inputs[0] if made is not None else None
+            if origin is None or not origin.ours or source is None or source.dtype != ir.DataType.FLOAT:
+                continue
+            if other is None or not is_constant(other) or other.dtype not in (ir.DataType.INT32, ir.DataType.INT64):
+                continue
+            assert other.const_value is not None
+            array = other.const_value.numpy()
+            if np.abs(array).max(initial=0) < _WHOLE:
+                name = f"{other.name}.float"
+                known = graph.initializers.get(name) or constant(graph, name, array.astype(np.float32), source.dtype)
+                node.replace_input_with(place, source)
+                node.replace_input_with(1 - place, known)
+    common.RemoveUnusedNodesPass()(model)
 
 
 def _half(origins: Origins) -> Rule:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewise.errors import InputError, MissingExtra, unknown
 from edgewise.targets.base import Requirement
-from edgewise.targets.tensorrt import engine
+from edgewise.targets.tensorrt import engine, plans
 
 if TYPE_CHECKING:
     from edgewise.targets.tensorrt.origin import Origin
@@ -81,44 +79,15 @@ def build(path: Path, device: str, origins: Mapping[str, Origin] | None = None) 
     config.set_compute_capability(getattr(trt.ComputeCapability, device.upper()), 0)
     plan = engine.build(network, config, f"{path.name} for {device}", _describe(origins))
     out = path.with_name(f"{path.stem}.{device}.engine")
-    out.write_bytes(plan)
-    said = {"device": device, "onnx": digest(path), "engine": digest(out), "tensorrt-rtx": trt.__version__}
-    note = note_of(out)
-    note.write_text(json.dumps(said, indent=1, sort_keys=True) + "\n", "utf-8")
-    return [out, note]
-
-
-def note_of(path: Path) -> Path:
-    """The file beside an engine that says what it is for."""
-    return path.with_name(path.name + ".json")
+    plans.write(out, plan, {"device": device, "onnx": plans.digest(path), EXTRA: trt.__version__})
+    return [out, plans.note_of(out)]
 
 
 def check_engine(path: Path, device: str, onnx: Path) -> None:
     """Raise `InputError` if an engine is for another device, another version of TensorRT-RTX or another model, or damaged."""
-    mend = f"export the model again with --device {device}"
-    try:
-        said = json.loads(note_of(path).read_text("utf-8"))
-        facts = {key: str(said[key]) for key in ("device", "tensorrt-rtx", "onnx", "engine")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{note_of(path)} does not say what {path.name} is for ({error}); {mend}") from error
-    for key, here in (("device", device), ("tensorrt-rtx", package().__version__)):
-        if facts[key] != here:
-            raise InputError(f"{path} was built for {key} {facts[key]}, and here is {here}; {mend}")
-    if facts["onnx"] != digest(onnx):
-        raise InputError(f"{path} was built from another model than {onnx.name}; {mend}")
-    if facts["engine"] != digest(path):
-        raise InputError(f"{path} is damaged; {mend}")
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of an ONNX file, and of the file of weights beside it if there is one."""
-    sha256 = hashlib.sha256()
-    for one in (path, path.with_name(path.name + ".data")):
-        if one.exists():
-            with open(one, "rb") as file:
-                while chunk := file.read(1 << 22):
-                    sha256.update(chunk)
-    return sha256.hexdigest()
+    fault = plans.fault(path, {"device": device, EXTRA: package().__version__, "onnx": plans.digest(onnx)})
+    if fault is not None:
+        raise InputError(f"{fault}; export the model again with --device {device}")
 
 
 def _describe(origins: Mapping[str, Origin] | None) -> engine.Describe | None:

@@ -1,6 +1,6 @@
 """Models at their published sizes for TensorRT: what compression adds to the graph, and that NVIDIA's builder takes it.
 
-    python benchmarks/tensorrt.py [--family vit] [--precision fp16] [--device sm86] [SPEC ...]
+    python benchmarks/tensorrt_models.py [--family vit] [--precision fp16] [--device sm86] [SPEC ...]
 
 Each row: nodes of the ONNX file and how many more than without compression, layers that NVIDIA's parser makes of it, seconds and
 megabytes of the engine for each device, and the largest relative error in ONNX Runtime. No GPU is needed. Without SPECs: several
