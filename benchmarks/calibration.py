@@ -1,6 +1,6 @@
 """What calibration costs and what it is worth, on OpenVINO: accuracy and size, time against NNCF alone, and speed.
 
-    python benchmarks/calibration.py [demos] [vit] [dinov2] [--samples 128] [--models FOLDER]
+    python benchmarks/calibration.py [demos] [vit] [dinov2] [whisper] [--samples 128] [--models FOLDER] [--speech DATA.tsv]
 
 Accuracy is of `tome:keep=0.5` + `w8a8` against the same compression at `fp32`; speed is of interleaved runs, one thread. `dinov2`
 needs the folder `dinov2_small_saliency` of weights in `--models`, and is left out where that is absent.
@@ -23,8 +23,10 @@ from edgewise.exporter.compare import interleaved
 from edgewise.passes.legalise import Legalise
 from edgewise.targets import get
 from edgewise.verify.data import accuracy
+from edgewise.verify.wer import read_spoken, word_errors
 
-COMPRESS, TARGET = "tome:keep=0.5", "openvino"
+KEEP, TARGET = "keep=0.5", "openvino"
+COMPRESS = f"tome:{KEEP}"
 
 
 def size(bundle: edgewise.Bundle, suffix: str = "") -> int:
@@ -125,11 +127,35 @@ def encoder(folder: Path, place: Path, output: str, feeds: list[np.ndarray]) -> 
     print(f"cosine to fp32: mean {statistics.mean(near):.4f}, least {min(near):.4f}", flush=True)
 
 
+def whisper(folder: Path, data: Path, place: Path, clips: int) -> None:
+    """Word errors with the encoder at `w8a8`, in front of the same decoder, against the same compression at `fp32`: of the first
+    `clips` recordings; the statistics are of the last ones, as many."""
+    spoken = read_spoken(data)
+    bundle = edgewise.export(folder.as_posix(), place / "whisper", targets=[TARGET], compress=f"tome@encoder.block[0:4]:{KEEP}")
+    artifact = next(one for one in bundle.manifest.targets if one.role == "audio_encoder")
+    files = [bundle.path / file for file in artifact.files]
+    with edgewise.load(bundle, TARGET, threads=1) as speech:
+        name = speech.sessions["audio_encoder"].inputs[0].name
+        feeds = [{name: speech._features(wave)} for one in spoken[-clips:] for wave in speech._waves(one.file)]
+        quantised = get(TARGET).quantiser(files, "w8a8", feeds).write(place / "encoder8", "model")
+        share = sum(f.stat().st_size for f in quantised) / sum(f.stat().st_size for f in files)
+        print(f"whisper: the encoder has {share:.1%} of fp32's bytes", flush=True)
+        for precision in ("fp32", "w8a8"):
+            if precision == "w8a8":
+                speech.sessions["audio_encoder"].close()
+                speech.sessions["audio_encoder"] = get(TARGET).load(quantised, threads=1)
+            texts = [speech.generate(one.file).text for one in spoken[:clips]]
+            errors = word_errors([one.text for one in spoken[:clips]], texts)
+            print(f"word error rate with the encoder at {precision}: {errors.rate:.2%} ({clips} recordings)", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=["demos", "vit"])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--speech", type=Path, default=Path("speech_en/manifest.tsv"))
+    parser.add_argument("--clips", type=int, default=13)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -137,6 +163,8 @@ def main() -> None:
             demos(place)
         if "vit" in options.parts:
             vit(place / "vit", options.samples)
+        if "whisper" in options.parts:
+            whisper(options.models / "whisper_tiny_en", options.speech, place, options.clips)
         if "dinov2" in options.parts and (options.models / "dinov2_small_saliency").is_dir():
             from sklearn.datasets import load_sample_images
 

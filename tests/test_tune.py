@@ -18,6 +18,7 @@ from conftest import Cli
 from tiny_encoder import factory
 
 import edgewise
+from edgewise.exporter.divergence import Divergence
 from edgewise.exporter.matrix import read_recipe
 from edgewise.passes.flops import total_flops
 from edgewise.passes.program import Program
@@ -155,6 +156,20 @@ def test_a_killed_tune_goes_on_and_ends_in_the_same_recipe(cli: Cli, data: Path,
     assert again.document["evaluated_now"] == 0 and Path(f"{part}.trials.json").stat().st_mtime_ns < changed
     other = cli(*arguments, "-o", part, "--samples", "3")  # numbers of other data are not used
     assert other.code == 0 and other.document["evaluated_now"] > 0
+
+
+def test_outputs_of_fewer_tokens_are_held_to_the_nearest() -> None:
+    generator = np.random.default_rng(0)
+    full = [generator.normal(size=(2, 9, 5)).astype(np.float32) for _ in range(3)]
+    found = {"tokens": full[0][:, :6]}
+    distance = Divergence.of([{"tokens": one} for one in full], found, 1, False, 2)
+    assert distance({"tokens": full[0]}, {"tokens": full[0]}) == pytest.approx(0, abs=1e-6)
+    scale = np.concatenate(full)[:, 1:].reshape(-1, 5).std(0)
+    rest, left = full[0][:, 1:] / scale, full[0][:, 1:6] / scale
+    wanted = np.square(rest[:, :, None] - left[:, None]).sum(-1).min(-1).mean() / 5 / 2  # the protected one is where it was
+    assert distance(found, {"tokens": full[0]}) == pytest.approx(wanted, rel=1e-3)
+    losses = [distance({"tokens": full[0][:, :n]}, {"tokens": full[0]}) for n in (2, 4, 6, 8, 9)]
+    assert losses == sorted(losses, reverse=True)
 
 
 @pytest.mark.parametrize(

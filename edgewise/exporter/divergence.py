@@ -1,7 +1,7 @@
 """How far the outputs of a compressed program are from those of the uncompressed one: one number, 0 where they are equal.
 
 Class scores by the Kullback-Leibler divergence of their softmax, in nats; outputs of the same shape by the squared error, and
-tokens, of which fewer come out, by how well all can be read from them, both in units of the variance over the data (`objective`).
+tokens, of which fewer come out, by that of each to the nearest that is left, both in units of the variance over the data.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn.functional import kl_div, log_softmax
 from edgewise.calibration.metric import class_scores
 from edgewise.errors import InputError
 from edgewise.exporter.objective import Cover, Match
+from edgewise.passes.step import batch_first
 
 Outputs = Mapping[str, np.ndarray]
 SCORES = "logits"
@@ -31,10 +32,26 @@ class _Scores:
 
 
 @dataclass(frozen=True)
+class _Nearest:
+    """The mean squared distance of each of the full tokens to the nearest that is left; protected ones are held to themselves.
+    Unlike `Cover`, which teaches by a smooth reading, it is 0 where all tokens are there."""
+
+    cover: Cover
+
+    def __call__(self, value: Tensor, target: Tensor) -> Tensor:
+        few, all_ = (batch_first(t.float(), self.cover.axis) for t in (value, target))
+        x, z = (tokens[:, self.cover.protected :] / self.cover.scale for tokens in (all_, few))
+        distance = torch.cdist(x, z).amin(-1).square().mean() / x.shape[-1]
+        if self.cover.kept is None:
+            return distance
+        return (distance + self.cover.kept(few[:, : self.cover.protected], all_[:, : self.cover.protected])) / 2
+
+
+@dataclass(frozen=True)
 class Divergence:
     """One term for each output that can be compared; their mean counts. `scores` is the output of class scores, if there is one."""
 
-    terms: Mapping[str, _Scores | Match | Cover]
+    terms: Mapping[str, _Scores | Match | _Nearest]
     scores: str | None
 
     @staticmethod
@@ -47,7 +64,7 @@ class Divergence:
                 scores = class_scores({k: (v.shape, str(v.dtype)) for k, v in found.items()}, batch)
             except InputError:
                 scores = None  # labels of something else: the outputs are compared as if there were none
-        terms: dict[str, _Scores | Match | Cover] = {}
+        terms: dict[str, _Scores | Match | _Nearest] = {}
         for name, value in found.items():
             if value.ndim == 0 or not np.issubdtype(value.dtype, np.floating):
                 continue
@@ -60,7 +77,7 @@ class Divergence:
                 if match is not None:
                     terms[name] = match
             elif len(axes) == 1 and value.ndim in (2, 3) and not (value.ndim == 3 and axes[0] == 0):
-                terms[name] = Cover.of(wanted, axes[0], protected, batch)
+                terms[name] = _Nearest(Cover.of(wanted, axes[0], protected, batch))
         if not terms:
             shapes = ", ".join(f"{k} {v.shape}" for k, v in found.items())
             raise InputError(f"no output of the model can be compared with the uncompressed one, or all are constant: {shapes}")
