@@ -63,14 +63,13 @@ def greedy(model: Any, pixels: Tensor, before: list[int], after: list[int], coun
 
 @dataclass(frozen=True)
 class Compression:
-    """VisionZip behind block `tower` of the encoder, then `method` in front of blocks of the decoder: `stages` says how many visual
-    tokens are kept at each."""
+    """VisionZip behind block `tower` of the encoder, then methods in front of blocks of the decoder: `stages` says which, and how
+    many visual tokens are kept there."""
 
     tower: int
     dominant: int
     context: int
-    stages: dict[int, int]
-    method: str = "fastv"
+    stages: dict[int, tuple[str, int]]
 
 
 def zipped(model: Any, pixels: Tensor, how: Compression) -> Tensor:
@@ -126,26 +125,29 @@ class Compressed:
             numbers = places
             for i, layer in enumerate(self.decoder.layers):
                 if i in self.how.stages:
+                    method, keep = self.how.stages[i]
                     if i not in kept:  # while the prompt is read
-                        kept[i] = self._chosen(layer, x, places, numbers, self.how.stages[i])
+                        kept[i] = self._chosen(method, keep, layer, x, places, numbers)
                     stay = [n for n, place in enumerate(places) if place not in self.span or place in kept[i]]
                     x, places, numbers = x[:, stay], [places[n] for n in stay], [numbers[n] for n in stay]
-                    if self.how.method == "pyramiddrop":
+                    if method == "pyramiddrop":
                         numbers = list(range(len(stay)))
                 x = self._block(layer, x, numbers)
             logits = self.model.lm_head(self.decoder.norm(x[:, -1]))
             tokens.append(int(logits[0].argmax()))
         return tokens
 
-    def _chosen(self, layer: Any, x: Tensor, places: list[int], numbers: list[int], keep: int) -> list[int]:
+    def _chosen(
+        self, method: str, keep: int, layer: Any, x: Tensor, places: list[int], numbers: list[int]
+    ) -> list[int]:
         """The places of the visual tokens that stay."""
         image = [n for n, place in enumerate(places) if place in self.span]
         text = [n for n, place in enumerate(places) if place >= self.span.stop]
-        if self.how.method == "dart":
+        if method == "dart":
             return sorted(places[n] for n in self._dart(x[0], image, text, keep))
-        if self.how.method == "pyramiddrop":
+        if method == "pyramiddrop":
             self._block(layer, x, numbers)
-        if self.how.method == "sparsevlm":
+        if method == "sparsevlm":
             relevance = (x[0, image] @ x[0, text].T).softmax(dim=-1).mean(dim=0)
             raters = [n for n, value in zip(text, relevance, strict=True) if value > relevance.mean()] or text
             score = self.map[0][:, raters][:, :, image].mean(dim=(0, 1))
