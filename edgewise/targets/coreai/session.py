@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import gc
 import hashlib
 import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +25,16 @@ from edgewise.targets.coreml.ports import METADATA_KEY, Port, parse
 
 T = TypeVar("T")
 
+_REST = 0.3
+"""Seconds."""
+
+
+def _rest() -> None:
+    """Let the runtime's threads finish before the interpreter ends. After a run they still ask for its lock, to release things of
+    Python; one that asks too late is unwound by the C library, for which the runtime (1.0.0b3) ends the process with SIGABRT."""
+    gc.collect()
+    time.sleep(_REST)
+
 
 class CoreAISession(Session):
     """The function `main` of a model, on the CPU. `threads` is checked and not used: the runtime has no such option.
@@ -34,6 +47,8 @@ class CoreAISession(Session):
         from coreai.authoring import AIModelAsset
 
         check_threads(threads)
+        atexit.unregister(_rest)  # once, however many sessions there are
+        atexit.register(_rest)
         path = Path(files[0]).parent
         self._ports = _read(path)
         self._loop: asyncio.AbstractEventLoop | None = asyncio.new_event_loop()
