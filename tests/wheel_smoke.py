@@ -72,9 +72,13 @@ USES = {
         Use("methods"),
         Use("inspect demo:digits"),
         *(lacks(f"{EXPORT} {name}", extra) for extra, name in RUNTIMES.items()),
+    ],
+    "export,openvino": [
+        Use(f"{EXPORT} openvino"),
+        Use("verify out"),
+        Use("lint demo:digits --target openvino"),
         lacks("export demo:digits -o out --precision w8a8 --target openvino", "calibration"),
     ],
-    "export,openvino": [Use(f"{EXPORT} openvino"), Use("verify out"), Use("lint demo:digits --target openvino")],
     "export,onnxruntime": [
         Use(f"{EXPORT} onnxruntime"),
         Use("verify out"),
