@@ -176,7 +176,8 @@ def main() -> None:
                 top, left = (int(generator.integers(0, n - 224)) for n in picture.shape[:2])
                 crop = picture[top : top + 224, left : left + 224]
                 crops.append(((crop - 0.45) / 0.225).transpose(2, 0, 1)[None].astype(np.float32))
-            encoder(options.models / "dinov2_small_saliency", place, "last_hidden_state", crops)
+            # Of the class token: where tokens are merged otherwise, the others come in another order.
+            encoder(options.models / "dinov2_small_saliency", place, "pooler_output", crops)
 
 
 if __name__ == "__main__":
