@@ -26,17 +26,20 @@ def program(name: str) -> Case:
     return CASES[name]()
 
 
-def lowered(one: Case, folder: Path) -> list[Path]:
+def lowered(one: Case, folder: Path, precision: str = "fp32") -> list[Path]:
     names = {"input_names": one.input_names, "output_names": one.output_names}
-    return targets.get("coreai").lower(one.exported, folder, "m", precision="fp32", **names)
+    return targets.get("coreai").lower(one.exported, folder, "m", precision=precision, **names)
 
 
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-5), ("fp16", 1e-2)])
 @pytest.mark.parametrize("name", FITTING)
-def test_the_model_computes_the_program(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_model_computes_the_program(
+    name: str, precision: str, most: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     one = program(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with targets.get("coreai").load(lowered(one, tmp_path)) as session:
+        with targets.get("coreai").load(lowered(one, tmp_path, precision)) as session:
             outputs = session.run(one.feeds)
             again = session.run(one.feeds)
     assert capfd.readouterr() == ("", "")
@@ -44,16 +47,26 @@ def test_the_model_computes_the_program(name: str, tmp_path: Path, capfd: pytest
     for key, expected in one.expected.items():
         assert (outputs[key].shape, outputs[key].dtype) == (expected.shape, expected.dtype)
         errors = compare(expected, outputs[key])
-        assert errors.relative is not None and errors.relative <= 1e-5
+        assert errors.relative is not None and errors.relative <= most
         assert np.array_equal(outputs[key], again[key])
 
 
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-5), ("fp16", 1e-2)])
 @pytest.mark.parametrize("spec", ["tome@encoder.block[1]:r=9", "topk@encoder.block[1]:keep=0.5"])
-def test_a_compressed_model_agrees_with_the_core_ml_interpreter(spec: str, tmp_path: Path) -> None:
+def test_a_compressed_model_agrees_with_the_core_ml_interpreter(
+    spec: str, precision: str, most: float, tmp_path: Path
+) -> None:
     model, inputs = build("vit", small=True)
     bundle = edgewise.export(
-        model, tmp_path / "b", example=inputs, targets=["coreai", "coreml"], compress=spec, cache=False
+        model,
+        tmp_path / "b",
+        example=inputs,
+        targets=["coreai", "coreml"],
+        compress=spec,
+        precision=precision,
+        cache=False,
     )
+    assert all(rung.passed is not False for rung in bundle.manifest.verification)
     feeds = {name: value.numpy() for name, value in inputs.items()}
     results = []
     for target in ("coreai", "coreml"):
@@ -61,7 +74,13 @@ def test_a_compressed_model_agrees_with_the_core_ml_interpreter(spec: str, tmp_p
             results.append(session.run(feeds))
     for name, value in results[0].items():
         errors = compare(results[1][name], value)
-        assert errors.relative is not None and errors.relative <= 1e-5
+        assert errors.relative is not None and errors.relative <= most
+
+
+def test_half_precision_halves_weights_and_ports(tmp_path: Path) -> None:
+    one = program("block")
+    sizes = [sum(p.stat().st_size for p in lowered(one, tmp_path / name, name) if p.suffix == ".mlirb") for name in ("fp32", "fp16")]
+    assert sizes[1] < 0.75 * sizes[0]
 
 
 def test_the_same_program_gives_the_same_bytes(tmp_path: Path) -> None:

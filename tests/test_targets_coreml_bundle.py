@@ -88,15 +88,22 @@ def test_a_small_model_of_each_kind_of_op(target: str, spec: str, tmp_path: Path
     assert (not off) if target == "coreml" else off
 
 
-def run_half(model: nn.Module, inputs: dict[str, Tensor], outputs: list[str], folder: Path) -> dict[str, np.ndarray]:
-    target = targets.get("coreml")
+HALF = pytest.mark.parametrize("name", ["coreml", "coreai"])
+
+
+def run_half(
+    name: str, model: nn.Module, inputs: dict[str, Tensor], outputs: list[str], folder: Path
+) -> dict[str, np.ndarray]:
+    target = targets.get(name)
+    target.check()
     program = Legalise(target.realisations)(torch.export.export(model, tuple(inputs.values()), strict=False)).program
     files = target.lower(program, folder, "m", precision="fp16", input_names=list(inputs), output_names=outputs)
     with target.load(files) as session:
         return session.run({name: value.numpy() for name, value in inputs.items()})
 
 
-def test_token_numbers_beyond_what_halves_tell_apart(tmp_path: Path) -> None:
+@HALF
+def test_token_numbers_beyond_what_halves_tell_apart(name: str, tmp_path: Path) -> None:
     class Picked(nn.Module):
         def forward(self, x: Tensor, kept: Tensor) -> Tensor:
             return torch.ops.edgewise.take(x, kept, 1, 0)
@@ -104,11 +111,12 @@ def test_token_numbers_beyond_what_halves_tell_apart(tmp_path: Path) -> None:
     places = torch.arange(2100)
     x = torch.stack([places % 64, places // 64], -1)[None].float()
     kept = torch.tensor([[0, 7, 2051, 2052, 2061, 2099]])
-    got = run_half(Picked(), {"x": x, "kept": kept}, ["tokens"], tmp_path)
+    got = run_half(name, Picked(), {"x": x, "kept": kept}, ["tokens"], tmp_path)
     assert np.array_equal(got["tokens"], x[:, kept[0]].numpy())
 
 
-def test_the_largest_numbers_stay_finite_in_half_precision(tmp_path: Path) -> None:
+@HALF
+def test_the_largest_numbers_stay_finite_in_half_precision(name: str, tmp_path: Path) -> None:
     """Masks of the lowest finite number: multiplied by what is zero, chosen by products, and in a weight."""
 
     class Masked(nn.Module):
@@ -129,6 +137,6 @@ def test_the_largest_numbers_stay_finite_in_half_precision(tmp_path: Path) -> No
         "real": torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]]),
     }
     expected = Masked()(*inputs.values())
-    got = run_half(Masked(), inputs, ["all", "some"], tmp_path)
-    for name, value in zip(("all", "some"), expected, strict=True):
-        np.testing.assert_allclose(got[name], value.numpy(), atol=5e-3)
+    got = run_half(name, Masked(), inputs, ["all", "some"], tmp_path)
+    for output, value in zip(("all", "some"), expected, strict=True):
+        np.testing.assert_allclose(got[output], value.numpy(), atol=5e-3)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgewise.targets.base import Requirement, Session, Target
+from edgewise.targets.base import Requirement, Session, Target, Tolerance
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -18,7 +18,8 @@ _OPS = (
 
 
 class CoreAI(Target):
-    """An `.aimodel` in single precision. Sorts and scatters with sums have no rule there, so that compression is sort-free."""
+    """An `.aimodel`; with `fp16` weights, arithmetic, inputs and outputs are half precision. Sorts and scatters with
+    sums have no rule there, so that compression is sort-free."""
 
     name = "coreai"
     description = "Core AI model for iOS 27 and macOS 27, run here by Apple's runtime on the CPU"
@@ -28,8 +29,12 @@ class CoreAI(Target):
         Requirement("coreai-torch", minimum="0.4.3", tested="0.4.3", extra="coreai-export", runtime=False),
         Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
     )
-    precisions = ("fp32",)
+    precisions = ("fp32", "fp16")
     realisations = dict.fromkeys(_OPS, ("sort_free",))
+
+    def tolerance(self, precision: str) -> Tolerance:
+        # Half precision rounds at each op: see the target coreml.
+        return Tolerance(2e-2, 1e-2) if precision == "fp16" else Tolerance()
 
     def lower(
         self,
@@ -45,7 +50,7 @@ class CoreAI(Target):
 
         self.check()
         self.check_precision(precision)
-        return lower(exported, folder, stem, input_names, output_names)
+        return lower(exported, folder, stem, precision, input_names, output_names)
 
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
         from edgewise.targets.coreai.session import CoreAISession

@@ -23,7 +23,12 @@ METADATA = "metadata.json"
 
 
 def lower(
-    exported: ExportedProgram, folder: Path, stem: str, input_names: Sequence[str], output_names: Sequence[str]
+    exported: ExportedProgram,
+    folder: Path,
+    stem: str,
+    precision: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
 ) -> list[Path]:
     """Write `stem.aimodel`; see `Target.lower`. The main file is the folder's `metadata.json`."""
     program = prepare(exported, "coreai", input_names, output_names)
@@ -32,12 +37,16 @@ def lower(
         from coreai_torch import TorchConverter, get_decomp_table
         from coreai_torch.debugging.debug_info import strip_debug_info
 
+        from edgewise.targets.coreai.half import halved
+
+        inputs, outputs = ports(program, input_names, output_names, half=precision == "fp16")
+        if precision == "fp16":
+            program = halved(program)
         program = program.run_decompositions(get_decomp_table())
         for node in program.graph.nodes:
             if node.target is torch.ops.aten.isnan.default:
                 # The one number that is not itself.
                 node.target, node.args = torch.ops.aten.ne.Tensor, (node.args[0], node.args[0])
-        inputs, outputs = ports(program, input_names, output_names, half=False)
         try:
             converter = TorchConverter(mode=TorchConverter.Mode.RELEASE)
             converter.add_exported_program(

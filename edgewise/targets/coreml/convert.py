@@ -19,9 +19,10 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from edgewise.errors import InputError
-from edgewise.passes.graph import MADE_BY, describe, parameters_of, shape_of
+from edgewise.passes.graph import describe, parameters_of
 from edgewise.targets.coreml.legal import MADE_HERE
 from edgewise.targets.coreml.ports import Port
+from edgewise.targets.half_arithmetic import wide
 
 NAME = "coreml"
 
@@ -71,9 +72,9 @@ def to_mil(exported: ExportedProgram, inputs: Sequence[Port], outputs: Sequence[
         if node.op == "call_function" and not reads(node):
             raise InputError(f"target {NAME} cannot lower this program: it has no rule for {describe(node)}")
     _check_constants(exported)
-    wide = _wide(exported)
+    single = wide(exported, not_of=MADE_HERE)
     for node in exported.graph.nodes:
-        node.meta["debug_handle"] = _WIDE if node in wide else None
+        node.meta["debug_handle"] = _WIDE if node in single else None
     _reset_conversion_state()  # a conversion that failed leaves counters behind, which names are made of
     kinds = [coremltools.TensorType(p.feature, p.stored_shape, np.dtype(p.stored).type) for p in inputs]
     converter = TorchConverter(exported, kinds, opset_version=getattr(coremltools.target, deployment))
@@ -159,26 +160,6 @@ def model_of(program: Any) -> Any:
 
 _WIDE = 1
 """Marks the ops that stay in single precision."""
-_COUNTED_BY_HALF = 2048
-"""Half precision holds all whole numbers up to this, and not those beyond."""
-
-
-def _wide(exported: ExportedProgram) -> set[Node]:
-    """Nodes of compression ops, which compute with the numbers of tokens, where there are more than halves can tell apart."""
-    ours = {node for node in exported.graph.nodes if node.meta.get(MADE_BY, MADE_HERE) != MADE_HERE}
-    found: set[Node] = set()
-    pending = [
-        node
-        for node in ours
-        if any(size > _COUNTED_BY_HALF for one in (node, *node.all_input_nodes) for size in shape_of(one))
-    ]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            # Numbers that go in or come out may be few, and are as large.
-            pending += [one for one in (*node.all_input_nodes, *node.users) if one in ours]
-    return found
 
 
 def _may_be_half(op: Any) -> bool:

@@ -7,7 +7,6 @@ says the same in ops that it reads as they are meant. What it still does not rea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from edgewise.passes.graph import MADE_BY, Editor
 from edgewise.passes.trace import trace
 from edgewise.targets.coreml.rewritings import RESHAPES, REWRITES, Made
 from edgewise.targets.coreml.whole_weights import keep_whole
+from edgewise.targets.half_arithmetic import within_half
 from edgewise.targets.rewrite import arguments, become, simplify
 
 aten = torch.ops.aten
@@ -124,9 +124,9 @@ def _in_their_dialect(exported: ExportedProgram, half: bool) -> ExportedProgram:
     state, constants = dict(exported.state_dict), dict(exported.constants)
     if half:
         for node in exported.graph.nodes:
-            node.args = torch.fx.node.map_aggregate(node.args, _within_half)  # type: ignore[assignment]
-        state = {name: _within_half(value) for name, value in state.items()}
-        constants = {name: _within_half(value) for name, value in constants.items()}
+            node.args = torch.fx.node.map_aggregate(node.args, within_half)  # type: ignore[assignment]
+        state = {name: within_half(value) for name, value in state.items()}
+        constants = {name: within_half(value) for name, value in constants.items()}
     return ExportedProgram(
         root=exported.graph_module,
         graph=exported.graph,
@@ -138,19 +138,3 @@ def _in_their_dialect(exported: ExportedProgram, half: bool) -> ExportedProgram:
         constants=constants,
         verifiers=[Verifier],
     )
-
-
-_AS_INFINITE = 1e38
-"""coremltools makes half-precision infinities of finite numbers beyond this, and zero times infinity is not a number."""
-_MOST_HALF = 65504.0
-
-
-def _within_half(value: Any) -> Any:
-    """A number or a tensor, its largest finite numbers (which mask something, or bound a range) as large as halves can be."""
-    if isinstance(value, float) and _AS_INFINITE <= abs(value) < math.inf:
-        return math.copysign(_MOST_HALF, value)
-    if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-        large = (value.abs() >= _AS_INFINITE) & value.isfinite()
-        if bool(large.any()):
-            return torch.where(large, value.sign() * _MOST_HALF, value).detach()
-    return value
