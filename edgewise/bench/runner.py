@@ -60,6 +60,8 @@ class _Run:
     warm: float
     power: sensors.Power
     times: list[float] = field(default_factory=list)
+    spent: float = 0.0
+    """The sum of the times, kept, so that a sample costs the same however many there are."""
     stages: dict[str, list[float]] | None = None
     accuracy: Rung | None = None
     quality: Rung | None = None
@@ -74,7 +76,9 @@ class _Run:
         self.power.before()
         start = time.perf_counter()
         call()
-        self.times.append(time.perf_counter() - start)
+        took = time.perf_counter() - start
+        self.times.append(took)
+        self.spent += took
         self.power.after()
         stages = self.session.stages()
         if stages is not None:
@@ -83,7 +87,7 @@ class _Run:
                 self.stages.setdefault(name, []).extend(seconds)
 
     def done(self, plan: _Plan) -> bool:
-        return len(self.times) >= plan.samples and sum(self.times) >= plan.seconds
+        return len(self.times) >= plan.samples and self.spent >= plan.seconds
 
 
 @dataclass(frozen=True)
@@ -216,8 +220,8 @@ def _take_turns(runs: Sequence[_Run], plan: _Plan, heat: list[tuple[float, str] 
         if time.perf_counter() - told > _TELL_EVERY:
             left = [one for one in runs if not one.done(plan)]
             if left:
-                slowest = min(left, key=lambda run: sum(run.times))
-                plan.tell(f"measure: {len(slowest.times)} samples of each, {sum(slowest.times):.1f} s")
+                slowest = min(left, key=lambda run: run.spent)
+                plan.tell(f"measure: {len(slowest.times)} samples of each, {slowest.spent:.1f} s")
             heat.append(sensors.temperature())
             told = time.perf_counter()
 
