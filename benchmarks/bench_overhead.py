@@ -68,14 +68,7 @@ def _bare(target: str, session: Any, feeds: dict[str, np.ndarray]) -> Callable[[
         for index, value in enumerate(feeds.values()):
             np.copyto(request.get_input_tensor(index).data, value)
 
-        count = len(session.outputs)
-
-        def infer() -> list[np.ndarray]:
-            request.start_async()
-            request.wait()
-            return [request.get_output_tensor(index).data for index in range(count)]
-
-        return infer
+        return lambda: request.infer(share_outputs=True)
     if target == "onnxruntime":
         inner = session._session
         return lambda: inner.run(None, feeds)

@@ -27,7 +27,7 @@ class CoreAI(Target):
     requirements = (
         Requirement("coreai-core", minimum="1.0.0b3", tested="1.0.0b3", extra="coreai"),
         Requirement("coreai-torch", minimum="0.4.3", tested="0.4.3", extra="coreai-export", runtime=False),
-        Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
+        Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="coreai-export", runtime=False),
     )
     precisions = ("fp32", "fp16")
     realisations = dict.fromkeys(_OPS, ("sort_free",))
