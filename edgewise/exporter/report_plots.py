@@ -32,7 +32,7 @@ def tokens(sites: Sequence[Site]) -> str:
 def ladder(rungs: Sequence[Rung]) -> str:
     """The relative error of each rung, on a logarithmic scale, with the threshold where there is one."""
     known = [(rung, errors) for rung in rungs if (errors := combined(rung)) is not None and errors.relative is not None]
-    left = 250
+    left = 300
     top = max([1.0, *(errors.relative or 0.0 for _, errors in known)])
     decades = log10(top) - log10(LEAST)
     scale = (WIDTH - left - 110) / decades

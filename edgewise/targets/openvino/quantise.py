@@ -19,11 +19,10 @@ from typing import Any
 from edgewise.errors import InputError
 from edgewise.targets.base import Feeds, Quantiser, layer_of
 from edgewise.targets.openvino.lower import graphs, halve, number_nodes, save
+from edgewise.targets.scales import STRENGTH
 
 GROUP = 32
 """Inputs of a layer that share a scale at four bits."""
-STRENGTH = 0.5
-"""How much of the outliers of activations goes into the weights, as the paper has it."""
 _QUANTISE = "FakeQuantize"
 # What leaves values as they are: a quantisation in front of it may be meant for what is behind it.
 _MOVES = ("Convert", "Gather", "Reshape", "Slice", "Squeeze", "StridedSlice", "Transpose", "Unsqueeze", "VariadicSplit")
