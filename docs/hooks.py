@@ -117,10 +117,12 @@ def flags(markdown: str) -> str:
     title = re.search(r"^# edgewise (.+)$", markdown, re.MULTILINE)
     assert title, "the page of a verb begins with its name"
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    # Some pages say more of the flags that matter, by hand.
+    one = "## All flags" if re.search(r"^## Flags$", markdown, re.MULTILINE) else "## Flags"
     made = []
     for verb in title[1].split(", "):
         rows = [_flag(parameter) for parameter in commands[verb].params]
-        heading = f"## Flags of {verb}" if "," in title[1] else "## Flags"
+        heading = f"## Flags of {verb}" if "," in title[1] else one
         made += [heading, "", "| flag | meaning |", "|---|---|", *(row for row in rows if row), ""]
     return "\n".join(made)
 

@@ -110,6 +110,7 @@ def test_every_method_verb_and_target_has_a_page_of_the_program(site: dict[str, 
         text = site["cli/listings/" if name in listings else f"cli/{name}/"].text
         assert f"Flags of {name}" in text if name in listings else f"edgewise {name}" in text
         assert "--json" in text and "--debug" in text, name
+    assert not [place for place, page in site.items() if "flags_1" in page.anchors]  # two sections of one name
     assert "--compress" in site["cli/export/"].text and "--no-cold" in site["cli/bench/"].text
     for name in targets.names():
         if name != "coreml-topk":  # on the page of coreml
