@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import sys
-import sysconfig
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -43,10 +42,9 @@ def version(package: str) -> str | None:
 @cache
 def _installed() -> tuple[tuple[str, str], ...]:
     found = {}
-    libraries = {os.path.realpath(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
     for folder in reversed(sys.path):
-        # Ray, once imported, puts copies of packages that lie inside of it on the path.
-        if libraries & {str(parent) for parent in Path(os.path.realpath(folder)).parents}:
+        # Ray and setuptools, once imported, put copies of packages that lie inside of them on the path.
+        if {"site-packages", "dist-packages"} & set(Path(os.path.abspath(folder)).parts[:-1]):
             continue
         names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
         for name in sorted(names):
