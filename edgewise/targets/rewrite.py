@@ -43,6 +43,34 @@ def simplify(graph: Graph) -> None:
             rewrite(graph, node)
 
 
+def shorten_sorts(graph: Graph) -> None:
+    """Let, in place, a stable sort of which only the first entries are read find no more than these.
+
+    It becomes a `topk`, and that is the same only for a target whose `topk` gives equal values in the order of their indices.
+    """
+    for node in list(graph.nodes):
+        if node.target is not aten.sort.stable:
+            continue
+        given = dict(zip(("self", "stable", "dim", "descending"), arguments(node), strict=True))
+        value, rank = given["self"], given["self"].meta["val"].ndim
+        slices = [user for part in node.users for user in part.users]
+        if not slices or not all(user.target is aten.slice.Tensor for user in slices):
+            continue
+        read = {tuple(arguments(user)[1:]) for user in slices}
+        dim, start, end, step = read.pop()
+        size = value.meta["val"].shape[given["dim"]]
+        if read or dim % rank != given["dim"] % rank or start not in (None, 0) or step != 1 or not 0 < (end or 0) < size:
+            continue
+        with graph.inserting_before(node):
+            parts = tuple(torch.narrow(part, dim, 0, end) for part in node.meta["val"])
+            first = _insert(graph, aten.topk.default, (value, end, dim, given["descending"], True), parts)
+        for part in list(node.users):
+            for user in list(part.users):
+                become(user, operator.getitem, (first, part.args[1]))
+            graph.erase_node(part)
+        graph.erase_node(node)
+
+
 def decompose(exported: ExportedProgram) -> ExportedProgram:
     """The program without composite ops, but for those that exporters have rules for."""
     defaults = torch.export.default_decompositions()

@@ -22,7 +22,7 @@ from edgewise.errors import InputError
 from edgewise.targets.base import layer_name
 from edgewise.targets.onnx import loops
 from edgewise.targets.program import quiet
-from edgewise.targets.rewrite import decompose, simplify
+from edgewise.targets.rewrite import decompose, shorten_sorts, simplify
 
 # 20 is the first opset with Gelu as one op, and the last that TensorRT before 10.9 reads (JetPack 6). What later opsets add is
 # not read by all runtimes of the last years.
@@ -83,6 +83,7 @@ def _copy(exported: ExportedProgram, kind: type[ExportedProgram]) -> ExportedPro
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
     simplify(graph)
+    shorten_sorts(graph)  # ONNX's TopK gives equal values in the order of their indices
     return kind(
         root=exported.graph_module,
         graph=graph,

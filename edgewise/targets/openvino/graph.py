@@ -15,7 +15,7 @@ import torch
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
-from edgewise.targets.rewrite import arguments, become, simplify
+from edgewise.targets.rewrite import arguments, become, shorten_sorts, simplify
 
 aten = torch.ops.aten
 
@@ -27,6 +27,7 @@ def readable(exported: torch.export.ExportedProgram) -> GraphModule:
     """
     module = unlifted(exported)
     simplify(module.graph)
+    shorten_sorts(module.graph)  # `lower` reads a topk as a stable one
     for node in list(module.graph.nodes):
         rewrite = _REWRITES.get(node.target)
         if rewrite is not None:

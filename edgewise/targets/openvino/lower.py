@@ -143,6 +143,7 @@ def _read(module: Any) -> Any:
         frontend.add_extension(extension)
     decoder = TorchFXPythonDecoder(module, dynamic_shapes=False)  # has to outlive the conversion
     model = frontend.convert(frontend.load(decoder))
+    _keep_ties(model)
 
     sources = [model.outputs[single.index(value)].get_node().input_value(0) for value in values]
     used: list[Any] = []
@@ -155,6 +156,20 @@ def _read(module: Any) -> Any:
             opset.result(opset.convert(source, source.get_element_type().to_string()) if shared else source)
         )
     return openvino.Model(results, model.get_parameters())
+
+
+def _keep_ties(model: Any) -> None:
+    """Let each TopK give equal values in the order of their indices. The frontend leaves it open, but for a stable sort."""
+    from openvino import opset13 as opset
+
+    for node in model.get_ordered_ops():
+        known = node.get_attributes() if node.get_type_name() == "TopK" else {}
+        if not known or known.get("stable"):
+            continue
+        value, count = node.input_value(0), node.input_value(1)
+        found = opset.topk(value, count, known["axis"], known["mode"], "value", known["index_element_type"], stable=True)
+        for before, after in zip(node.outputs(), found.outputs(), strict=True):
+            before.replace(after)
 
 
 def _reason(error: Exception) -> str:
