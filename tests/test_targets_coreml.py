@@ -176,6 +176,8 @@ def test_ops_without_a_rule_are_taken_apart(tmp_path: Path) -> None:
             F.max_pool2d(x.reshape(1, 1, 8, 6), 2),
             x.take_along_dim(x.argmax(-1, keepdim=True), dim=-1),
             F.softplus(x).aminmax(dim=-1)[0],
+            *x.chunk(3),
+            *x.chunk(4, dim=-1),
         )
 
     one = case(Written(expression), torch.randn(8, 6))

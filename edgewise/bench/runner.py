@@ -113,6 +113,7 @@ def bench(
     warmup: int = 3,
     threads: int | None = None,
     cold: bool = True,
+    function: str | None = None,
     progress: Tell | None = None,
 ) -> Record:
     """Measure every artifact of `bundle` whose runtime is installed, on the golden inputs.
@@ -120,11 +121,12 @@ def bench(
     Each artifact gets `warmup` runs, and then at least `samples` runs and at least `seconds` seconds of runs,
     interleaved with the others. `threads` None leaves the number to the manifest, and then to the runtime. `cold`: load and run
     each in a process of its own, too, for the cold load and the peak memory.
+    `function`: only this one, of artifacts that hold several.
     `progress` is called with a line at each step. An artifact that cannot run here is listed in `skipped`
     with the reason. Raises `MissingExtra` if none can run, and `InputError` for bad arguments.
     """
     plan = _plan(samples, seconds, warmup, threads, cold, progress)
-    artifacts, skipped = runnable(choose(bundle, targets))
+    artifacts, skipped = runnable(choose(bundle, targets, function))
     with _measured([(bundle, one) for one in artifacts], plan) as (runs, seen):
         return _record(bundle, runs, skipped, plan, seen, interleaved=len(runs) > 1)
 
@@ -138,6 +140,7 @@ def compare(
     warmup: int = 3,
     threads: int | None = None,
     cold: bool = True,
+    function: str | None = None,
     progress: Tell | None = None,
 ) -> Comparison:
     """Measure several bundles in one run, all artifacts of all of them in turn, and compare with the first bundle.
@@ -148,7 +151,7 @@ def compare(
     plan = _plan(samples, seconds, warmup, threads, cold, progress)
     if len(bundles) < 2:
         raise InputError("a comparison needs two bundles or more")
-    chosen = [runnable(choose(bundle, targets)) for bundle in bundles]
+    chosen = [runnable(choose(bundle, targets, function)) for bundle in bundles]
     pairs = [(bundle, one) for bundle, (able, _) in zip(bundles, chosen, strict=True) for one in able]
     with _measured(pairs, plan) as (runs, seen):
         # The same bundle may be there twice, so that a run's bundle is known by its place.
@@ -306,7 +309,7 @@ def _measurement(run: _Run, runs: Sequence[_Run], seen: _Seen) -> Measurement:
     artifact, manifest = run.artifact, run.bundle.manifest
     component = manifest.component(artifact.role)
     latency = summarise(run.times)
-    baseline = next(other for other in runs if other.artifact.role == artifact.role)
+    baseline = next(other for other in runs if _of(other) == _of(run))
     speedup, interval = (None, None) if baseline is run else ratio_of_medians(baseline.times, run.times)
     validity, reasons = judge_validity(
         latency,
@@ -353,6 +356,11 @@ def _measurement(run: _Run, runs: Sequence[_Run], seen: _Seen) -> Measurement:
         "stages": "the artifact is a single graph",
     }
     return found.model_copy(update={"unknown": {key: text for key, text in why.items() if getattr(found, key) is None}})
+
+
+def _of(run: _Run) -> str:
+    """The role that a run is of, whatever its compression."""
+    return run.bundle.manifest.component(run.artifact.role).variant_of or run.artifact.role
 
 
 def _stages(run: _Run) -> dict[str, Latency] | None:

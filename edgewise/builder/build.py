@@ -18,6 +18,7 @@ from edgewise.builder.task import Outcome, Task
 from edgewise.bundle.temporary import sweep
 from edgewise.errors import unknown
 from edgewise.exporter.matrix import Entry
+from edgewise.exporter.variant_specs import parse_variants
 
 Engine = Callable[[Sequence[Task], int, Tell], Iterator[Outcome]]
 """Builds tasks with a number of jobs, and gives each outcome when it is there."""
@@ -67,8 +68,11 @@ def plan(
 
 
 def _check(entry: Entry) -> None:
+    parse_variants(entry.recipe.compress, entry.recipe.compress_variants)
     for name in entry.recipe.targets:
         target = targets.get(name)
+        if entry.recipe.compress_variants:
+            target = target.for_functions()
         if entry.recipe.devices and target.ahead_of_time:
             target = target.for_devices(entry.recipe.devices)
         target.check_precision(entry.recipe.precision)

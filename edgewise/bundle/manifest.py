@@ -20,9 +20,9 @@ from edgewise.schema import Strict
 from edgewise.verify.ladder import Rung
 
 FORMAT = "edgewise-bundle"
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 """Goes up with every new key, as older readers refuse keys that they do not know. All lower versions are read: new keys have
-defaults. 2: `notes`. 3: `pipeline`. 4: `calibration`, `quantisation`."""
+defaults. 2: `notes`. 3: `pipeline`. 4: `calibration`, `quantisation`. 5: `variant_of`, `function`."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -92,7 +92,8 @@ class ModelInfo(Strict):
 
 
 class Component(Strict):
-    """One graph of the model. FLOPs count a multiply and an add as two; before and after compression."""
+    """One graph of the model. FLOPs count a multiply and an add as two; before and after compression. `variant_of`: the role of the
+    component that this one is another compression of, by the specs `compress`."""
 
     role: str
     inputs: tuple[TensorInfo, ...]
@@ -100,6 +101,8 @@ class Component(Strict):
     sites: tuple[Site, ...] = ()
     flops_before: Count
     flops_after: Count
+    variant_of: str | None = None
+    compress: tuple[str, ...] = ()
 
 
 class Floating(Strict):
@@ -137,7 +140,8 @@ class Calibration(Strict):
 
 
 class Artifact(Strict):
-    """What one target made of one component, with the versions of the tools that made it."""
+    """What one target made of one component, with the versions of the tools that made it. `function`: which one of `files` it is,
+    where they hold several."""
 
     target: str
     role: str
@@ -147,6 +151,7 @@ class Artifact(Strict):
     warnings: tuple[str, ...] = ()
     threads: Annotated[int, Field(ge=1)] | None = None
     quantisation: Quantisation | None = None
+    function: str | None = None
 
     @field_validator("files")
     @classmethod
@@ -174,7 +179,7 @@ class Manifest(Strict):
     """
 
     format: Literal["edgewise-bundle"] = "edgewise-bundle"
-    schema_version: Literal[1, 2, 3, 4] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3, 4, 5] = SCHEMA_VERSION
     edgewise_version: str
     model: ModelInfo
     compress: tuple[str, ...] = ()

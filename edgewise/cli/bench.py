@@ -28,6 +28,7 @@ def bench(
         bool, typer.Option("--compare", help="Measure several bundles in turn, and give their ratios to the first.")
     ] = False,
     target: options.Targets = None,
+    function: options.Function = None,
     on: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +67,7 @@ def bench(
     with screen.progress() as step:
         opened = [Bundle.open(bundle) for bundle in bundles]
         how: dict[str, Any] = {
-            **{"samples": samples, "seconds": seconds, "warmup": warmup, "threads": threads, "cold": cold},
+            **{"samples": samples, "seconds": seconds, "warmup": warmup, "threads": threads, "cold": cold, "function": function},
             "progress": lambda line: step(0, 0, line),
         }
         measure: Callable[..., library.Record | library.Comparison]

@@ -22,6 +22,15 @@ def export(
         typer.Option("--target", help="What to lower to. Repeatable. Default: openvino. See `edgewise targets`."),
     ] = None,
     compress: options.Compress = None,
+    compress_variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compress-variant",
+            metavar="[NAME=]SPEC",
+            help="Another compression as a further function of the same artifact, whose weights it shares: SPEC [+ SPEC], or none. "
+            "Repeatable.",
+        ),
+    ] = None,
     precision: Annotated[
         str | None, typer.Option("--precision", metavar="P", help="fp32, fp16, or another of `edgewise targets`. Default: fp32.")
     ] = None,
@@ -88,6 +97,7 @@ def export(
             out,
             targets=target or defaults.targets,
             compress=compress or defaults.compress,
+            compress_variants=compress_variant or defaults.compress_variants,
             precision=precision or defaults.precision,
             calibration=calib or defaults.calibration,
             calibration_samples=calib_samples or defaults.calibration_samples,

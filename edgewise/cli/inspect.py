@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def inspect(
     what: Annotated[str, typer.Argument(metavar="MODEL|BUNDLE", help=f"A bundle's folder, or: {options.MODEL_HELP}.")],
     compress: options.Compress = None,
+    function: options.Function = None,
     input_shapes: options.InputShapes = None,
     batch: options.Batch = None,
     seed: options.Seed = None,
@@ -41,7 +42,9 @@ def inspect(
     if (Path(what) / MANIFEST_NAME).exists():
         if compress:
             raise InputError(f"{what} is a bundle, and --compress is for models: inspect the model instead")
-        return _bundle(Path(what), screen)
+        return _bundle(Path(what), function, screen)
+    if function is not None:
+        raise InputError(f"{what} is a model, and functions are of a bundle's artifacts: --function is for those")
     from edgewise.exporter.sources import load_source, parse_shapes
 
     shapes = parse_shapes(input_shapes or [])
@@ -191,10 +194,12 @@ def _show(screen: Screen, source: Source, program: Program, document: dict[str, 
         screen.show(f"note: {note}")
 
 
-def _bundle(folder: Path, screen: Screen) -> Result:
+def _bundle(folder: Path, function: str | None, screen: Screen) -> Result:
     from edgewise.bundle import Bundle
 
     bundle = Bundle.open(folder)
+    if function is not None:
+        bundle = _only(bundle, function)
     manifest = bundle.manifest
     model = manifest.model
     screen.show(
@@ -213,6 +218,18 @@ def _bundle(folder: Path, screen: Screen) -> Result:
     for label, command in commands.items():
         screen.show(f"{label}, with the runtime's own tools:\n  {command}")
     return Result({"bundle": str(folder), "manifest": manifest.model_dump(mode="json"), "commands": commands})
+
+
+def _only(bundle: Bundle, function: str) -> Bundle:
+    """The bundle as if it held nothing but one function."""
+    from edgewise.targets import choose
+
+    artifacts = choose(bundle, function=function)
+    labels, roles = {one.label for one in artifacts}, {one.role for one in artifacts}
+    components = tuple(one for one in bundle.manifest.components if one.role in roles)
+    rungs = tuple(one for one in bundle.manifest.verification if one.name.split(",")[0] in labels)
+    kept = {"components": components, "targets": tuple(artifacts), "verification": rungs, "compress": components[0].compress}
+    return type(bundle)(bundle.path, bundle.manifest.model_copy(update=kept))
 
 
 def _commands(bundle: Bundle) -> dict[str, str]:

@@ -25,6 +25,10 @@ Compress = Annotated[
         help="METHOD[@SITE][:key=value,...], such as tome:keep=0.5. Repeatable. See `edgewise methods`.",
     ),
 ]
+Function = Annotated[
+    str | None,
+    typer.Option("--function", metavar="NAME", help="Only this function, of artifacts that hold several compressions."),
+]
 InputShapes = Annotated[
     list[str] | None,
     typer.Option("--input-shapes", metavar="NAME=AxB", help="Static shape of an input. Repeatable."),

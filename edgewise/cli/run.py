@@ -12,7 +12,7 @@ import typer
 from edgewise.cli import options
 from edgewise.cli.screen import Result, Screen, number, row, table
 from edgewise.errors import InputError
-from edgewise.targets import Session
+from edgewise.targets import Session, choose
 from edgewise.verify.data import load_data, load_feeds
 
 _TOP = 5
@@ -59,6 +59,7 @@ def run(
     role: Annotated[
         str | None, typer.Option("--role", help="Which component, or function of a package. Default: the first.")
     ] = None,
+    function: options.Function = None,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -74,9 +75,10 @@ def run(
     if image:
         given["image"] = image[0] if len(image) == 1 else image
     if given:
-        if inputs is not None or out is not None or role is not None:
+        if inputs is not None or out is not None or role is not None or function is not None:
             raise InputError(
-                "--inputs, --role and -o are for one artifact, --image, --prompt and --audio for the whole model: give either"
+                "--inputs, --role, --function and -o are for one artifact, --image, --prompt and --audio for the whole model: give "
+                "either"
             )
         from edgewise.cli.generate import generate
         from edgewise.runtime import Sampling
@@ -89,11 +91,15 @@ def run(
         )
     if out is not None and out.suffix != ".npz":
         raise InputError(f"-o {out}: outputs are written as .npz")
+    if role is not None and function is not None:
+        raise InputError("--role and --function say which artifact to run: give one of them")
     if bundle.suffix == _PACKAGE:
-        session, role = _package(bundle, target, role, threads)
+        session, role = _package(bundle, target, function or role, threads)
         feeds = load_data(inputs).inputs
     else:
         opened = Bundle.open(bundle)
+        if function is not None:
+            role = choose(opened, [target] if target else None, function)[0].role
         role = role or opened.manifest.components[0].role
         feeds = load_feeds(inputs, opened.manifest.component(role))
         session = load_session(opened, target, role, threads=threads)

@@ -79,9 +79,14 @@ def ladder(rungs: Sequence[Rung], title: str = "verification") -> Table:
 def artifacts(bundle: Bundle) -> Table:
     """Artifacts with their files, sizes and the tools that made them."""
     made = table("artifacts", "artifact", "files", "size", "made with", right=("size",))
+    first: dict[tuple[str, ...], str] = {}
     for artifact in bundle.manifest.targets:
         made_with = ", ".join(f"{package} {version}" for package, version in sorted(artifact.versions.items()))
-        row(made, artifact.label, "\n".join(artifact.files), size(_bytes(bundle, artifact.files)), made_with)
+        holder = first.setdefault(artifact.files, artifact.label)
+        if holder == artifact.label:
+            row(made, artifact.label, "\n".join(artifact.files), size(_bytes(bundle, artifact.files)), made_with)
+        else:
+            row(made, artifact.label, f"function {artifact.function} of the files of {holder}", None, made_with)
     return made
 
 

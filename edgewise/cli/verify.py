@@ -17,6 +17,7 @@ from edgewise.verify.questions import answers_questions, exact_match
 def verify(
     bundle: options.BundleFolder,
     target: options.Targets = None,
+    function: options.Function = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -48,12 +49,12 @@ def verify(
         raise InputError("--data-samples goes with --data")
     with screen.progress() as step:
         rungs = verify_bundle(
-            opened, target or None, threads=threads, progress=lambda label: step(0, 0, f"run {label}")
+            opened, target or None, function=function, threads=threads, progress=lambda label: step(0, 0, f"run {label}")
         )
     screen.show(tables.ladder(rungs))
     scores: list[dict[str, Any]] = []
     if data is not None and not spoken and not asked:
-        scores = accuracy(opened, data, target or None, threads, screen.counter, screen.say, data_samples)
+        scores = accuracy(opened, data, target or None, threads, screen.counter, screen.say, data_samples, function)
         numbers = ("samples", "correct", "top-1")
         made = table(f"accuracy on {data}", "artifact", *numbers, right=numbers)
         for score in scores:

@@ -37,12 +37,14 @@ from edgewise.exporter.recipe import Recipe
 from edgewise.exporter.report import write_report
 from edgewise.exporter.run import Outputs, Runner, as_array
 from edgewise.exporter.sources import Source, load_source
+from edgewise.exporter.variant_specs import parse_variants
 from edgewise.passes.flops import total_flops
 from edgewise.passes.legalise import Legalise
 from edgewise.passes.plan import parse_spec
 from edgewise.passes.program import Program
 from edgewise.passes.program import compress as insert
 from edgewise.targets import Target, Tolerance
+from edgewise.targets.base import Quantiser
 from edgewise.verify import ladder
 from edgewise.verify.bundle import SAME_CHOICES, batched
 from edgewise.verify.ladder import Rung, within
@@ -85,6 +87,7 @@ class Job:
     rungs: list[Rung] = field(default_factory=list)
     notes: tuple[str, ...] = ()
     wish: Wish = field(default_factory=Wish)
+    leaders: dict[str, Quantiser] = field(default_factory=dict)
     done: int = 0
 
     def step(self, text: str) -> None:
@@ -129,6 +132,7 @@ def export(
     example: Any = None,
     targets: Sequence[str] = ("openvino",),
     compress: str | Sequence[str] | None = None,
+    compress_variants: str | Sequence[str] = (),
     precision: str = "fp32",
     calibration: Any = None,
     calibration_samples: int = DEFAULT_SAMPLES,
@@ -152,6 +156,8 @@ def export(
         out: the bundle's folder. A bundle that is there is replaced; anything else is left alone, and an error.
         example: example inputs of an `nn.Module`: a tuple of positional or a dict of keyword arguments.
         targets: names of targets. compress: one or more specs, such as `"tome:keep=0.5"`.
+        compress_variants: other compressions, each as `"[NAME=]SPEC [+ SPEC]"` or `"none"`, which become further functions of the
+            same artifacts and share their weights; see `edgewise.exporter.variants`.
         precision: one that every target has: `fp32`, `fp16` (weights stored in half precision), `w8a8`, `w8a16`, `w4a16`.
         calibration: data for precisions that need some, see `edgewise.calibration.open_source`. Default: a demo's own.
         calibration_samples: the most samples that statistics are gathered of.
@@ -169,7 +175,11 @@ def export(
     specs = (compress,) if isinstance(compress, str) else tuple(compress or ())
     for spec in specs:
         parse_spec(spec)  # what is misspelt is said before the model is loaded
+    others = (compress_variants,) if isinstance(compress_variants, str) else tuple(compress_variants)
+    parse_variants(specs, others)
     chosen = _targets(targets, precision, devices)
+    if others:
+        chosen = [target.for_functions() for target in chosen]
     if batch < 1:
         raise InputError(f"batch={batch}: the first dimension of the inputs is 1 or more")
     for name, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
@@ -195,6 +205,7 @@ def export(
     recipe = Recipe(
         model=source.name,
         compress=specs,
+        compress_variants=others,
         targets=tuple(t.name for t in chosen),
         precision=precision,
         devices=tuple(devices),
@@ -252,6 +263,11 @@ def _whole(job: Job, folder: Path) -> Manifest:
 
     for kind in (vision_language, speech):
         if kind.is_pipeline(job.source):
+            if job.recipe.compress_variants:
+                raise InputError(
+                    f"{job.source.class_name} becomes several components, whose caches are of one compression: leave the variants "
+                    "out, and export a bundle for each"
+                )
             if job.wish.data is not None or job.wish.skip:
                 raise InputError(
                     f"{job.source.class_name} becomes several components, which are not calibrated or quantised in part yet: give "
@@ -262,6 +278,10 @@ def _whole(job: Job, folder: Path) -> Manifest:
         raise InputError(
             f"{job.source.class_name} generates no text: --prompt-tokens and --new-tokens have no meaning for it"
         )
+    if job.recipe.compress_variants:
+        from edgewise.exporter.variants import build_variants
+
+        return build_variants(job, folder)
     manifest, program = build_component(job, folder)
     finish(manifest, [program], job, folder)
     return manifest
@@ -276,6 +296,11 @@ def finish(manifest: Manifest, programs: Sequence[Program], job: Job, folder: Pa
 def build_component(job: Job, folder: Path) -> tuple[Manifest, Program]:
     """Capture, compress, lower and verify the one graph of a job; gives the manifest of a bundle that holds nothing else, and the
     program that its artifacts were made of."""
+    return build_program(job, captured(job), folder)
+
+
+def captured(job: Job) -> Program:
+    """The graph of a job, with all its tokens."""
     source = job.source
     job.step("capture")
     if source.exported is not None:
@@ -286,6 +311,11 @@ def build_component(job: Job, folder: Path) -> tuple[Manifest, Program]:
         program = capture(source.module, source.args, source.kwargs)
     if source.role is not None:
         program = program.with_role(source.role, source.tokens, order=source.order)
+    return program
+
+
+def build_program(job: Job, program: Program, folder: Path) -> tuple[Manifest, Program]:
+    """As `build_component`, of a program that is captured."""
     with tempfile.TemporaryDirectory(prefix="edgewise-") as place:
         return _make(job, program, folder, Path(place))
 
@@ -328,7 +358,8 @@ def _quantised(job: Job, low: Lowered, data: Data | None, samples: list[dict[str
         return low.artifact
     place = folder / low.target.name
     place.mkdir(parents=True, exist_ok=True)
-    files, record, notes = quantise(low.target, low.files, precision, job.wish, data, place, low.artifact.role, job.tell)
+    role = low.artifact.role
+    files, record, notes = quantise(low.target, low.files, precision, job.wish, data, place, role, job.tell, job.leaders)
     job.notes += notes
     artifact = low.artifact.model_copy(
         update={
@@ -530,7 +561,7 @@ def _lower_all(
         shipped = precision == job.recipe.precision
         root = folder if shipped else place
         # What is built for devices is built of the quantised artifact.
-        maker = target if shipped else target_registry.get(target.name)
+        maker = target if shipped else target.for_no_device()
         files = _lower(job, maker, legalised[key], program, root / target.name, precision)
         artifact = Artifact(
             target=target.name,
@@ -573,6 +604,7 @@ def _lower(
             "versions": target.versions(),
             "precision": precision,
             "devices": target.devices,
+            "functions": target.functions,
             "inputs": names,
             "outputs": program.output_names,
             "stem": program.role,

@@ -119,12 +119,24 @@ def skipped(layers: Sequence[str], patterns: Sequence[str], target: str) -> list
 
 
 def quantise(
-    target: Target, files: Sequence[Path], precision: str, wish: Wish, data: Data | None, folder: Path, stem: str, tell: Tell
+    target: Target,
+    files: Sequence[Path],
+    precision: str,
+    wish: Wish,
+    data: Data | None,
+    folder: Path,
+    stem: str,
+    tell: Tell,
+    leaders: dict[str, Quantiser],
 ) -> tuple[list[Path], Quantisation, tuple[str, ...]]:
-    """Quantise a lowered artifact into `folder`; gives the files, what was done, and what was odd."""
+    """Quantise a lowered artifact into `folder`; gives the files, what was done, and what was odd. `leaders`: by target, what the
+    quantiser follows (see `Quantiser.follow`); the first one is kept there."""
     tell(f"quantise for {target.name}")
     feeds = data.feeds(data.samples) if data is not None and precision in NEED_DATA else None
     quantiser = target.quantiser(files, precision, feeds)
+    if target.name in leaders:
+        quantiser.follow(leaders[target.name])
+    leaders.setdefault(target.name, quantiser)
     kept = skipped(quantiser.layers, wish.skip, target.name)
     controlled = None
     if wish.max_drop is not None:

@@ -22,7 +22,8 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_several)]
 
 
 class Recipe(Strict):
-    """What is asked of an export: one bundle. `input_shapes` by input name; `devices` that artifacts are built for ahead of time;
+    """What is asked of an export: one bundle. `compress_variants` are other compressions, which become further functions of its
+    artifacts; `input_shapes` by input name; `devices` that artifacts are built for ahead of time;
     `prompt_tokens`, `new_tokens` of a generative model (None: the default); `calibration` (data by name),
     `calibration_samples`, `skip_quant` (patterns of layers) and `max_drop` of the quantisation.
 
@@ -31,6 +32,7 @@ class Recipe(Strict):
 
     model: str
     compress: Words = ()
+    compress_variants: Words = ()
     targets: Annotated[Words, Field(min_length=1)]
     precision: str = "fp32"
     devices: Words = ()

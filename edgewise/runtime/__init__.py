@@ -20,6 +20,7 @@ def load(
     role: str | None = None,
     precision: str | None = None,
     threads: int | None = None,
+    function: str | None = None,
 ) -> Session | GenerativePipeline:
     """Load a bundle: its pipeline, where it has one and no `role` is asked for, else one component.
 
@@ -29,12 +30,13 @@ def load(
         bundle: an opened bundle, or the folder of one.
         target, role, precision: which artifacts; where several fit, the first whose runtime is installed.
         threads: of the runtime; None is its own choice.
+        function: of artifacts that hold several compressions, the one of this name.
 
     Raises InputError where nothing fits, MissingExtra where the runtime is not installed.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    if opened.manifest.pipeline is None or role is not None:
-        return load_session(opened, target, role, precision, threads)
+    if opened.manifest.pipeline is None or role is not None or function is not None:
+        return load_session(opened, target, role, precision, threads, function)
     return load_pipeline(opened, target, precision, threads)
 
 

@@ -16,12 +16,14 @@ def load_session(
     role: str | None = None,
     precision: str | None = None,
     threads: int | None = None,
+    function: str | None = None,
 ) -> Session:
     """Load one component of a bundle as a session; `session.run({name: array})` gives `{name: array}`.
 
     Args:
         bundle: an opened bundle, or the folder of one.
         target, role, precision: which artifact; where several fit, the first whose runtime is installed.
+        function: of artifacts that hold several compressions, the one of this name.
         threads: of the runtime; None is its own choice.
 
     Raises InputError where nothing fits, MissingExtra where the runtime is not installed.
@@ -31,7 +33,7 @@ def load_session(
         opened.manifest.component(role)
     artifacts = [
         a
-        for a in choose(opened, [target] if target else None)
+        for a in choose(opened, [target] if target else None, function)
         if role in (None, a.role) and precision in (None, a.precision)
     ]
     if not artifacts:

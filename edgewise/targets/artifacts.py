@@ -10,12 +10,18 @@ from edgewise.errors import InputError, MissingExtra, unknown
 from edgewise.targets.base import Session
 
 
-def choose(bundle: Bundle, targets: Sequence[str] | None = None) -> list[Artifact]:
-    """The artifacts of a bundle for these targets, or for all, in the manifest's order.
+def choose(bundle: Bundle, targets: Sequence[str] | None = None, function: str | None = None) -> list[Artifact]:
+    """The artifacts of a bundle for these targets, or for all, in the manifest's order; with `function`, those alone that are this
+    function of an artifact of several.
 
-    Raises `InputError` if there are none, or a target is unknown or not in the bundle.
+    Raises `InputError` if there are none, or a target or function is unknown or not in the bundle.
     """
     artifacts = bundle.manifest.targets
+    if function is not None:
+        known = sorted({one.function for one in artifacts if one.function is not None})
+        if function not in known:
+            raise unknown("function of this bundle", function, known)
+        artifacts = tuple(one for one in artifacts if one.function == function)
     present = sorted({artifact.target for artifact in artifacts})
     for name in targets or ():
         if name not in present:
@@ -57,7 +63,8 @@ def load(bundle: Bundle, artifact: Artifact, *, threads: int | None = None) -> S
     from edgewise.targets import get
 
     files = [bundle.file(name) for name in artifact.files]
-    session = get(artifact.target).load(files, threads=artifact.threads if threads is None else threads)
+    count = artifact.threads if threads is None else threads
+    session = get(artifact.target).load_function(files, artifact.function, threads=count)
     component = bundle.manifest.component(artifact.role)
     for kind, found, said in (
         ("inputs", session.inputs, component.inputs),

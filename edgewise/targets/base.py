@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -195,6 +196,11 @@ class Quantiser(ABC):
     notes: tuple[str, ...] = ()
     """What was odd about the data."""
 
+    def follow(self, other: Quantiser) -> None:
+        """Fold into weights what `other` folds into them, which quantises another compression of the same model: so that equal
+        weights stay equal, and an artifact of both holds them once. Most fold nothing that depends on data."""
+        return
+
     @abstractmethod
     def write(self, folder: Path, stem: str, floating: Collection[str] = ()) -> list[Path]:
         """Write the artifact, as `Target.lower` does, with the layers `floating` left in floating point. May be called again with
@@ -235,6 +241,8 @@ class Target(ABC):
     """Whether it can build for a device that is not there (`for_devices`)."""
     devices: tuple[str, ...] = ()
     """What it also builds for."""
+    functions: bool = False
+    """Whether what it lowers will be one of several functions of an artifact (`for_functions`)."""
 
     def check(self, *, runtime_only: bool = False, precision: str | None = None) -> list[str]:
         """Warnings about packages whose version was not tested.
@@ -263,6 +271,23 @@ class Target(ABC):
         """The target that also builds what runs on these devices and nowhere else. Raises `InputError` for an unknown device, and
         where the target builds nothing ahead of time, as here."""
         raise InputError(f"target {self.name} builds nothing for a device ahead of time: leave out {', '.join(devices)}")
+
+    def for_no_device(self) -> Target:
+        """The same target that builds nothing ahead of time."""
+        made = copy.copy(self)
+        made.devices = ()
+        return made
+
+    def for_functions(self) -> Target:
+        """The target whose artifacts can be joined (`join`). Raises `InputError` where an artifact holds one program, as here."""
+        raise InputError(
+            f"target {self.name} has no artifacts of several functions: export a bundle for each compression; coreml has them"
+        )
+
+    def join(self, parts: Mapping[str, Sequence[Path]], folder: Path, stem: str) -> list[Path]:
+        """Write artifacts, by the name that each gets as a function, to one that holds equal weights once, the first the default;
+        `parts` were lowered by `for_functions`. Gives its files, as `lower` does."""
+        raise NotImplementedError(f"target {self.name} joins nothing")
 
     def tolerance(self, precision: str) -> Tolerance:
         """What artifacts of this precision are held to. Here: of single-precision arithmetic, whatever the storage."""
@@ -306,6 +331,12 @@ class Target(ABC):
 
         Raises `MissingExtra` if the runtime is absent, `InputError` if the files cannot be loaded.
         """
+
+    def load_function(self, files: Sequence[Path], function: str | None, *, threads: int | None = None) -> Session:
+        """Load one of several functions of an artifact; None: the default. Raises as `load` does."""
+        if function is not None:
+            raise InputError(f"target {self.name} has no artifacts of several functions, and so none called {function}")
+        return self.load(files, threads=threads)
 
     def rehearse(self, files: Sequence[Path]) -> Session:
         """Load an artifact where it is made, to verify it: as `load`, but with nothing built for a device."""

@@ -24,6 +24,7 @@ def verify_bundle(
     bundle: Bundle,
     targets: Sequence[str] | None = None,
     *,
+    function: str | None = None,
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Rung]:
@@ -31,10 +32,11 @@ def verify_bundle(
 
     Gives one rung of kind `lowering` for each artifact, under its label, at the threshold that the manifest's
     own rung of that name holds (see `threshold`). An artifact that cannot run here has `passed` None, and `note` says why; so
-    has one without a threshold. `progress` is called with each label. Raises `MissingExtra` if no artifact
+    has one without a threshold. `function`: only this one, of artifacts that hold several. `progress` is called with each label.
+    Raises `MissingExtra` if no artifact
     can run here, and `InputError` if a target is unknown or the golden tensors do not fit.
     """
-    artifacts = choose(bundle, targets)
+    artifacts = choose(bundle, targets, function)
     _, reasons = runnable(artifacts)
     rungs = []
     for artifact in artifacts:

@@ -79,12 +79,13 @@ def accuracy(
     counter: Counter = uncounted,
     say: Callable[[str], None] = lambda text: None,
     most: int | None = None,
+    function: str | None = None,
 ) -> list[dict[str, Any]]:
     """Top-1 accuracy of every artifact that can run here, over all of the labelled data, or `most` samples spread evenly over it;
     what was odd about it is said as notes."""
     known: dict[str, Samples] = {}
     scores = []
-    for artifact in runnable(choose(bundle, targets))[0]:
+    for artifact in runnable(choose(bundle, targets, function))[0]:
         component = bundle.manifest.component(artifact.role)
         if artifact.role not in known:
             ports = {info.name: Port(info.shape, info.dtype) for info in component.inputs}

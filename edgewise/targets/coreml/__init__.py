@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,17 @@ class CoreML(Target):
 
         self.check()
         self.check_precision(precision)
-        return lower(exported, folder, stem, precision, input_names, output_names)
+        return lower(exported, folder, stem, precision, input_names, output_names, functions=self.functions)
+
+    def for_functions(self) -> Target:
+        made = copy.copy(self)
+        made.functions = True
+        return made
+
+    def join(self, parts: Mapping[str, Sequence[Path]], folder: Path, stem: str) -> list[Path]:
+        from edgewise.targets.coreml.join import join
+
+        return join(parts, Path(folder) / f"{stem}.mlpackage")
 
     def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
         from edgewise.targets.coreml.quantise import CoreMLQuantiser
@@ -77,10 +88,13 @@ class CoreML(Target):
             return super().lint(exported) or lint(exported)
 
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
+        return self.load_function(files, None, threads=threads)
+
+    def load_function(self, files: Sequence[Path], function: str | None, *, threads: int | None = None) -> Session:
         from edgewise.targets.coreml.session import CoreMLSession
 
         self.check(runtime_only=True)
-        return CoreMLSession(files, threads=threads)
+        return CoreMLSession(files, function=function, threads=threads)
 
     def ops(self, files: Sequence[Path]) -> dict[str, int] | None:
         from edgewise.targets.coreml.ops import ops

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 DEPLOYMENT = {"w4a16": "iOS18"}
 """The oldest system that a package of a precision is for. All others: iOS17."""
+FUNCTIONS = "iOS18"
+"""The oldest system whose packages have several functions."""
 STATES = "iOS18"
 """The oldest system whose packages keep states."""
 _BITS = {"w8a16": 8, "w4a16": 4}
@@ -27,8 +29,11 @@ def lower(
     precision: str,
     input_names: Sequence[str],
     output_names: Sequence[str],
+    *,
+    functions: bool = False,
 ) -> list[Path]:
-    """Write `stem.mlpackage`; see `Target.lower`. The main file is the package's `Manifest.json`."""
+    """Write `stem.mlpackage`; see `Target.lower`. The main file is the package's `Manifest.json`. `functions`: it will be one of
+    several functions of a package."""
     from edgewise.passes.layers import layers
     from edgewise.targets.coreml.convert import quiet, reads, to_mil, to_model
     from edgewise.targets.coreml.legal import legal
@@ -36,7 +41,7 @@ def lower(
     from edgewise.targets.coreml.weights import quantised
     from edgewise.targets.coreml.write import write_package
 
-    half, deployment = precision != "fp32", DEPLOYMENT.get(precision, "iOS17")
+    half, deployment = precision != "fp32", FUNCTIONS if functions else DEPLOYMENT.get(precision, "iOS17")
     with quiet():
         prepared = prepare(exported, "coreml", input_names, output_names, keeps_state=True)
         if prepared.graph_signature.buffers_to_mutate:

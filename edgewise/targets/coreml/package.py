@@ -10,7 +10,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,22 @@ _MEND = "Copy the package again, or convert the model again."
 _MODEL_PATH = "@model_path/"
 
 # A blob's header: a mark, the type of its elements, its size in bytes, where it starts in the file, unused bits at its end.
-_HEADER = struct.Struct("<IIQQQ32x")
-_SENTINEL = 0xDEADBEEF
+HEADER = struct.Struct("<IIQQQ32x")
+SENTINEL = 0xDEADBEEF
 
 BLOB_TYPES = {
     **{1: "fp16", 2: "fp32", 3: "uint8", 4: "int8", 5: "bf16", 6: "int16", 7: "uint16", 8: "int4", 9: "uint1"},
     **{10: "uint2", 11: "uint4", 12: "uint3", 13: "uint6", 14: "int32", 15: "uint32", 16: "fp8e4m3fn", 17: "fp8e5m2"},
 }
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A blob as it lies in a file: the code of its type, the unused bits at its end, and its bytes `(size,)`."""
+
+    code: int
+    unused: int
+    data: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,21 @@ class Package:
         `bits` is what the program declares: elements times bits of `dtype`. Raises `InputError` if the file, the header or the size
         do not fit.
         """
+
+        def fits(code: int, size: int, unused: int) -> str | None:
+            if BLOB_TYPES.get(code) != dtype:
+                return f"is of type {BLOB_TYPES.get(code, code)}, and the model says {dtype}"
+            if size != -(-bits // 8) or (unused and size * 8 - unused != bits):
+                return f"has {size} bytes, and the model says {bits} bits"
+            return None
+
+        return self._stored(file_name, offset, fits).data
+
+    def stored(self, file_name: str, offset: int) -> Blob:
+        """The blob whose header lies at `offset` in a file, whatever it holds. Raises `InputError` as `blob` does."""
+        return self._stored(file_name, offset, lambda code, size, unused: None)
+
+    def _stored(self, file_name: str, offset: int, fault: Callable[[int, int, int], str | None]) -> Blob:
         if not file_name.startswith(_MODEL_PATH):
             raise InputError(
                 f"{self.path}: weights are in '{file_name}', which does not start with {_MODEL_PATH}. {_MEND}"
@@ -79,27 +103,23 @@ class Package:
         name = _inside(self.path, f"{self.folder}/{file_name.removeprefix(_MODEL_PATH)}", "the model")
         with _opened(self.path, name) as (file, length):
             where = f"{self.path / name}: the blob at {offset}"
-            if offset + _HEADER.size > length:
+            if offset + HEADER.size > length:
                 raise InputError(f"{where} lies outside of the file, which has {length} bytes. {_MEND}")
             file.seek(offset)
-            mark, code, size, start, unused = _HEADER.unpack(_exactly(file, _HEADER.size, where))
-            if mark != _SENTINEL:
+            mark, code, size, start, unused = HEADER.unpack(_exactly(file, HEADER.size, where))
+            if mark != SENTINEL:
                 raise InputError(f"{where} does not start with the mark of a blob. {_MEND}")
-            if BLOB_TYPES.get(code) != dtype:
-                raise InputError(
-                    f"{where} is of type {BLOB_TYPES.get(code, code)}, and the model says {dtype}. {_MEND}"
-                )
             if start + size > length:
                 raise InputError(
                     f"{where} has its {size} bytes at {start}, outside of the file of {length} bytes, which was truncated. {_MEND}"
                 )
-            if size != -(-bits // 8) or (unused and size * 8 - unused != bits):
-                raise InputError(f"{where} has {size} bytes, and the model says {bits} bits. {_MEND}")
+            if found := fault(code, size, unused):
+                raise InputError(f"{where} {found}. {_MEND}")
             file.seek(start)
             data = np.empty(size, np.uint8)
             if file.readinto(data) != size:  # type: ignore[attr-defined]
                 raise InputError(f"{where} was cut off while it was read. {_MEND}")
-            return data
+            return Blob(code, unused, data)
 
 
 def _model_file(root: Path) -> str:

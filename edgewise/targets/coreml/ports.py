@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 METADATA_KEY = "edgewise.ports"
+"""Where a package keeps its ports; those of each of several functions under `key_of`."""
+
+
+def key_of(function: str) -> str:
+    """Where a package of several functions keeps the ports of one."""
+    return f"{METADATA_KEY}.{function}"
 
 
 @dataclass(frozen=True)

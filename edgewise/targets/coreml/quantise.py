@@ -52,10 +52,15 @@ class CoreMLQuantiser(Quantiser):
         self._largest = _largest(session, found, feeds)
         silent = [layer for layer in found if not self._largest[layer.source].any()]
         self._layers = [layer for layer in found if layer not in silent]
+        self._smooth: dict[tuple[str, ...], np.ndarray] = {}
         self.layers = tuple(dict.fromkeys(layer.name for layer in self._layers))
         if silent:
             names = ", ".join(layer.name for layer in silent[:3])
             self.notes = (f"the inputs of {len(silent)} layers are zero on all samples, and stay in floating point: {names}",)
+
+    def follow(self, other: Quantiser) -> None:
+        assert isinstance(other, CoreMLQuantiser)
+        self._smooth = other._smooth
 
     def write(self, folder: Path, stem: str, floating: Collection[str] = ()) -> list[Path]:
         groups: dict[str, list[Layer]] = {}
@@ -64,7 +69,9 @@ class CoreMLQuantiser(Quantiser):
                 groups.setdefault(layer.source, []).append(layer)
         with quiet():
             program = _program(self._package)
-            weights = [name for source, group in groups.items() for name in _quantise(program, group, self._largest[source])]
+            weights = []
+            for source, group in groups.items():
+                weights += _quantise(program, group, self._largest[source], self._smooth)
             model = quantised(model_of(program), 8, weights)
             return write_package(model, *self._ports, Path(folder) / f"{stem}.mlpackage")
 
@@ -119,8 +126,9 @@ def _largest(session: CoreMLSession, layers: Sequence[Layer], feeds: Feeds) -> d
     return largest
 
 
-def _quantise(program: Any, group: Sequence[Layer], largest: np.ndarray) -> list[str]:
-    """Let the layers that read a value read it in eight bits; gives the names of their weights."""
+def _quantise(program: Any, group: Sequence[Layer], largest: np.ndarray, known: dict[tuple[str, ...], np.ndarray]) -> list[str]:
+    """Let the layers that read a value read it in eight bits; gives the names of their weights. `known`: what groups of layers, by
+    their names, were smoothed by, which is taken if it is there, and kept."""
     from coremltools.converters.mil.mil import Builder
 
     ops = {op.name: op for op in program.functions["main"].operations}
@@ -131,7 +139,7 @@ def _quantise(program: Any, group: Sequence[Layer], largest: np.ndarray) -> list
     scale, changed = np.ones_like(largest), {}
     if all(reader.op_type == "linear" for reader in readers):
         wide = {name: weight.astype(np.float32) for name, weight in weights.items()}
-        smooth = smoothing(largest, list(wide.values()))
+        smooth = known.setdefault(tuple(layer.name for layer in group), smoothing(largest, list(wide.values())))
         with np.errstate(over="ignore"):
             made = {name: (weight * smooth).astype(half) for name, weight in wide.items()}
         if all(np.isfinite(weight).all() for weight in made.values()):

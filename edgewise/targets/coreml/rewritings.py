@@ -162,6 +162,11 @@ def _along(value: Node, index: Node, dim: int | None) -> Made:
     return along
 
 
+def _chunk(value: Node, chunks: int, dim: int) -> Made:
+    sizes = [len(part) for part in torch.arange(value.meta["val"].shape[dim]).chunk(chunks)]
+    return lambda x: aten.split_with_sizes.default(x, sizes, dim)
+
+
 def _joined(op: Any) -> Callable[..., Made]:
     """Joined tensors of several types have the widest of them, and not that of the first."""
 
@@ -241,6 +246,7 @@ REWRITES: dict[Any, Callable[..., Made]] = {
     aten.full_like.default: _full_like(None),
     aten.argmax.default: _over_all(aten.argmax.default),
     aten.argmin.default: _over_all(aten.argmin.default),
+    aten.chunk.default: _chunk,
     aten.cat.default: _joined(aten.cat.default),
     aten.stack.default: _joined(aten.stack.default),
     aten.clamp_min.default: _bounded(aten.clamp_min.default),

@@ -28,7 +28,7 @@ from edgewise.targets.coreml.interpreter import (
 )
 from edgewise.targets.coreml.interpreter.values import held
 from edgewise.targets.coreml.package import Package
-from edgewise.targets.coreml.ports import METADATA_KEY, Port, parse
+from edgewise.targets.coreml.ports import METADATA_KEY, Port, key_of, parse
 
 
 class InterpreterSession(Session):
@@ -210,14 +210,15 @@ def _stored(value: Any, type_: Type) -> np.ndarray:
 class CoreMLSession(Session):
     """A package that edgewise made: it takes and gives what the program does, by the ports that the package keeps.
 
-    `files`: those of the package, its `Manifest.json` first.
+    `files`: those of the package, its `Manifest.json` first. `function`: see `InterpreterSession`.
     """
 
     stand_in = "the interpreter of Core ML packages in the place of Core ML"
 
-    def __init__(self, files: Sequence[Path], *, threads: int | None = None) -> None:
-        self._session = InterpreterSession(Path(files[0]).parent, threads=threads)
-        stated = self._session.package.model.description.metadata.userDefined.get(METADATA_KEY)
+    def __init__(self, files: Sequence[Path], *, function: str | None = None, threads: int | None = None) -> None:
+        self._session = InterpreterSession(Path(files[0]).parent, function=function, threads=threads)
+        metadata = self._session.package.model.description.metadata.userDefined
+        stated = metadata.get(key_of(self._session.function), metadata.get(METADATA_KEY))
         if stated is None:
             raise InputError(
                 f"{self._session.package.path} was not made by edgewise: it does not say what its inputs are"

@@ -34,21 +34,32 @@ def write_package(
     metadata[METADATA_KEY] = dump(inputs, outputs)
     if layers is not None:
         metadata[LAYERS_KEY] = json.dumps(layers, sort_keys=True)
+    places = []
+    for path in sorted(Path(model.weights_dir).iterdir()) if model.weights_dir else []:
+        places.append(weights_folder(package) / path.name)
+        places[-1].write_bytes(path.read_bytes())
+    return write_rest(spec, package, places)
+
+
+def weights_folder(package: Path) -> Path:
+    """The folder of a package that holds its weights, which is made."""
+    folder = package / "Data" / _DATA / _WEIGHTS
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_rest(spec: Any, package: Path, weights: Sequence[Path]) -> list[Path]:
+    """Write all of a package but its files of weights, which are there: the message `Model`, and the manifest. Gives all files, the
+    manifest first."""
     data = package / "Data" / _DATA
     data.mkdir(parents=True, exist_ok=True)
     (data / _MODEL).write_bytes(spec.SerializeToString(deterministic=True))
     entries = {_identifier(_MODEL): _entry(_MODEL, "CoreML Model Specification")}
-    files = [data / _MODEL]
-    for path in sorted(Path(model.weights_dir).iterdir()) if model.weights_dir else []:
-        target = data / _WEIGHTS / path.name
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(path.read_bytes())
-        files.append(target)
-    if len(files) > 1:
+    if weights:
         entries[_identifier(_WEIGHTS)] = _entry(_WEIGHTS, "CoreML Model Weights")
     manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": _identifier(_MODEL)}
     (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n", "utf-8")
-    return [package / "Manifest.json", *files]
+    return [package / "Manifest.json", data / _MODEL, *weights]
 
 
 def _entry(name: str, description: str) -> dict[str, str]:
