@@ -7,13 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from method_graphs import Call
 from torch import Tensor, nn
 
 from edgewise import targets
+from edgewise.exporter.half import rounded
 from edgewise.ops import apply
 from edgewise.passes.legalise import Legalise
+from edgewise.targets.tensorrt import engine, rtx
+from edgewise.verify.metrics import compare
 
 COUNT, WIDTH = 36, 16
 
@@ -98,6 +102,61 @@ def method(name: str, batch: int = 1) -> tuple[nn.Module, Tensor]:
         known = {"heads": 4, "weights": {**weights, "out.weight": draw(WIDTH, 8)}, **parts.get(name, {"keep": 5})}
     protected = 0 if name == "conv1d" else 1
     return Call(name, {**known, "protected": protected}), draw(batch, protected + COUNT, WIDTH, seed=batch)
+
+
+class Headed(nn.Module):
+    """A method, and a linear layer behind it: what can be quantised, while nothing rounds what the method chooses by."""
+
+    def __init__(self, inner: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.inner = inner
+        self.head = nn.Linear(inner(x).shape[-1], 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x))
+
+
+def headed(name: str) -> tuple[nn.Module, Tensor]:
+    """A method in front of a layer, and its input, whose numbers half precision holds."""
+    torch.manual_seed(0)
+    model, x = method(name)
+    x = x.half().float()
+    return Headed(model, x).eval().requires_grad_(False), x
+
+
+LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "w8a8": 5e-2}
+
+
+def measured(model: nn.Module, x: Tensor, precision: str, folder: Path) -> tuple[Path, float]:
+    """The file of a model, and its relative error in ONNX Runtime, which is within `LIMITS`."""
+    target = targets.get("tensorrt")
+    exported = rounded(torch.export.export(model, (x,), strict=False))
+    path = lowered(exported, folder, "fp32" if precision == "fp32" else "fp16")
+    if precision == "w8a8":
+        quantiser = target.quantiser([path], precision, [{"i0": x.numpy()}])  # type: ignore[arg-type]
+        assert quantiser.layers
+        (path,) = target.finish(quantiser.write(folder / "q", "m"))
+    with target.load([path], threads=1) as session:
+        errors = compare(exported.module()(x).numpy(), session.run({"i0": x.numpy()})["o0"])
+    assert errors.finite and errors.relative is not None and errors.relative <= LIMITS[precision], (precision, errors)
+    return path, errors.relative
+
+
+def built(path: Path, devices: tuple[str, ...] = ("sm86", "sm120")) -> int:
+    """Bytes of the engine of a file that is for several devices, in the time of one."""
+    trt = rtx.package()
+    network = engine.parse(trt, path)
+    config = network.builder.create_builder_config()
+    config.num_compute_capabilities = len(devices)
+    for place, device in enumerate(devices):
+        config.set_compute_capability(getattr(trt.ComputeCapability, device.upper()), place)
+    return len(engine.build(network, config, f"{path.name} for {', '.join(devices)}"))
+
+
+def one_of_each(inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """The inputs of a family with one sample each, and several samples to calibrate with."""
+    single = {name: value[:1] for name, value in inputs.items()}
+    return single, {name: value.numpy().repeat(3, axis=0) for name, value in single.items()}
 
 
 def lowered(

@@ -354,3 +354,22 @@ def test_streamed_onnx_is_what_protobuf_writes(artifact: Artifacts) -> None:
     names = [tensor.name for tensor in model.graph.initializer]
     assert len(names) == len(set(names)) > 5
     onnx.checker.check_model(model, full_check=True)
+
+
+def test_rules_of_the_exporter_are_read_once() -> None:
+    """And what others see of the exporter is as it was."""
+    from torch.onnx._internal.exporter import _registration
+
+    from edgewise.targets.onnx import export
+
+    apis = _registration.onnxscript_apis
+    before = apis.get_torchlib_ops
+    with export._rules_read_once():
+        first = apis.get_torchlib_ops()
+        assert len(first) > 300 and apis.get_torchlib_ops() is first
+    with export._rules_read_once():
+        assert apis.get_torchlib_ops() is first
+    assert apis.get_torchlib_ops is before
+    with pytest.raises(ZeroDivisionError), export._rules_read_once():
+        _ = 1 / 0
+    assert apis.get_torchlib_ops is before

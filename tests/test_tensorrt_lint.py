@@ -49,6 +49,23 @@ def loop() -> Any:
     return one("Loop", [], [("y", F, [4])], {"m": 3, "on": True, "start": torch.ones(4)}, body=body)
 
 
+def four_bits() -> Any:
+    """A layer with weights of 4 bits in blocks of 128 inputs, as `w4a16` writes it."""
+    half = TensorProto.FLOAT16
+    weights = [
+        helper.make_tensor("w", TensorProto.INT4, [128, 16], [1] * (128 * 16)),
+        numpy_helper.from_array(torch.ones(1, 16, dtype=torch.float16).numpy(), "s"),
+    ]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s"], ["d"], name="d", axis=0, block_size=128),
+        helper.make_node("MatMul", ["x", "d"], ["y"], name="the/node"),
+    ]
+    values = [[helper.make_tensor_value_info(name, half, shape)] for name, shape in (("x", [4, 128]), ("y", [4, 16]))]
+    return helper.make_model(
+        helper.make_graph(nodes, "g", *values, weights), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+    )
+
+
 SCATTER: list[Value] = [("x", F, [1, 8]), ("i", I, [1, 4]), ("u", F, [1, 4])]
 MODELS: dict[str, Callable[[], Any]] = {
     "scatter-add": lambda: one("ScatterElements", SCATTER, [("y", F, [1, 8])], axis=1, reduction="add"),
@@ -66,16 +83,22 @@ MODELS: dict[str, Callable[[], Any]] = {
     "window": lambda: one("HannWindow", [], [("y", F, [16])], {"n": 16}),
     "int64": lambda: one("Mul", [("x", I, [4]), ("z", I, [4])], [("y", I, [4])]),
     "loop": loop,
+    "scatter-nd-max": lambda: one(
+        "ScatterND", [("x", F, [8]), ("i", I, [4, 1]), ("u", F, [4])], [("y", F, [8])], reduction="max"
+    ),
+    "data-dependent-k": lambda: one("TopK", [("x", F, [1, 8]), ("k", I, [1])], [("v", F, [1, "n"]), ("i", I, [1, "n"])]),
+    "strings": lambda: one("Equal", [("x", TensorProto.STRING, [4])] * 2, [("y", TensorProto.BOOL, [4])]),
+    "four-bits": four_bits,
 }
 
 
 def said(name: str, folder: Path) -> tuple[str, str, str]:
     """What lint, the parser and the builder say of a model."""
     model = MODELS[name]()
-    if name == "nine-dimensions":
+    if name in ("nine-dimensions", "strings"):
         del model.graph.input[1]
     levels = {finding.level for finding in findings(onnx_ir.from_proto(model))}
-    lint = "fails" if "fails" in levels else "slow" if levels else "passes"
+    lint = next((level for level in ("fails", "slow", "note") if level in levels), "passes")
     path = folder / f"{name}.onnx"
     onnx.save(model, path)
     trt = rtx.package()
@@ -161,7 +184,16 @@ def test_what_breaks_the_fusion_of_attention(kind: str, word: str) -> None:
 
 def test_the_verb(cli: Cli, tiny: str) -> None:
     done = cli("lint", f"{tiny}:make", "--target", "tensorrt", "--compress", "tome:keep=0.5", "--json")
-    assert done.code == 0 and done.document["targets"] == {"tensorrt": {"fails": [], "slow": []}}
+    assert done.code == 0 and done.document["targets"] == {"tensorrt": {"fails": [], "slow": [], "notes": []}}
+    four = cli("lint", f"{tiny}:make", "--target", "tensorrt", "--precision", "w4a16", "--json")
+    (needs, unfit) = four.document["targets"]["tensorrt"]["notes"]
+    assert four.code == 0 and "opset 21, which TensorRT reads from 10.9 on: JetPack 7, and not 6" in needs
+    assert unfit.startswith("layers ") and "blocks of 128 or 64" in unfit
+    everywhere = cli("lint", f"{tiny}:make", "--precision", "w8a8", "--json").document["targets"]
+    assert "tensorrt" in everywhere and "openvino" in everywhere and "coreai" not in everywhere
+    cli("lint", f"{tiny}:make", "--precision", "w8a9").refused("unknown precision 'w8a9': did you mean 'w8a8'?")
+    wrong = cli("lint", f"{tiny}:make", "--target", "tensorrt", "--precision", "w8a16")
+    wrong.refused("unknown precision of target tensorrt 'w8a16'")
     Path("more.py").write_text(
         "import torch\nclass M(torch.nn.Module):\n    def forward(self, x):\n        return x.scatter_add(0, x.long() * 0, x)\n"
         "def make():\n    return M(), torch.rand(4)\n"

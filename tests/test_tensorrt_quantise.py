@@ -69,6 +69,34 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, edgewise.Bund
     return made
 
 
+def check_places(path: Path) -> int:
+    """Q and DQ stand in front of layers and nowhere else: what computes scores, softmax, norms and choices reads and makes numbers
+    in floating point, and so do the products of attention; biases have none. Gives how many layers have them."""
+    graph, kind = onnx.load(path).graph, types(path)
+    made = {output: node for node in graph.node for output in node.output}
+    users: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            users.setdefault(name, []).append((node, place))
+    assert not {value.name for value in graph.output} & {name for name, node in made.items() if "Linear" in node.op_type}
+    whole = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4)
+    quantised = set()
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert kind[node.input[0]] in (TensorProto.FLOAT, TensorProto.FLOAT16) and kind[node.output[0]] == TensorProto.INT8
+            assert [user.op_type for user, _ in users[node.output[0]]] == ["DequantizeLinear"]
+        elif node.op_type == "DequantizeLinear":
+            weight = node.input[0] not in made
+            for user, place in users[node.output[0]]:
+                assert layer_of(user.name) is not None and place == int(weight), f"{user.name} reads a dequantised value"
+                quantised.add(user.name)
+        else:
+            assert not any(kind.get(name) in whole for name in (*node.input, *node.output)), node.name
+            if layer_of(node.name) is None:  # softmax, norms, products of attention, and all that compression made
+                assert not any(made[name].op_type == "DequantizeLinear" for name in node.input if name in made), node.name
+    return len(quantised)
+
+
 def artifact(bundle: edgewise.Bundle) -> Path:
     return bundle.file(bundle.manifest.targets[0].files[0])
 
@@ -77,6 +105,7 @@ def artifact(bundle: edgewise.Bundle) -> Path:
 def test_layers_alone_are_quantised(bundles: dict[str, edgewise.Bundle], precision: str) -> None:
     path = artifact(bundles[precision])
     check_file(path)
+    assert check_places(path) == len(LAYERS) - (precision == "w4a16")
     graph, kind = onnx.load(path).graph, types(path)
     arrays = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
     made = {output: node for node in graph.node for output in node.output}
@@ -108,6 +137,28 @@ def test_layers_alone_are_quantised(bundles: dict[str, edgewise.Bundle], precisi
     assert opset == (21 if precision == "w4a16" else 20)
     told = " ".join(bundles[precision].manifest.notes)
     assert ("JetPack 7" in told and "patches" in told) == (precision == "w4a16")
+
+
+@pytest.mark.parametrize("where", ["Softmax", "LayerNormalization", "legalise:", "insert-compression"])
+def test_a_quantised_value_elsewhere_is_found(bundles: dict[str, edgewise.Bundle], where: str, tmp_path: Path) -> None:
+    """The check itself: Q and DQ in front of one more node."""
+    model = onnx.load(artifact(bundles["w8a8"]))
+    kind = types(artifact(bundles["w8a8"]))
+    index, node = next(
+        (place, one) for place, one in enumerate(model.graph.node)
+        if (one.op_type == where or one.name.startswith(where)) and kind.get(one.input[0]) == TensorProto.FLOAT
+    )  # fmt: skip
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "more.scale"))
+    added = [
+        onnx.helper.make_node("QuantizeLinear", [node.input[0], "more.scale", "edgewise.zero"], ["more.int8"], name="more.int8"),
+        onnx.helper.make_node("DequantizeLinear", ["more.int8", "more.scale", "edgewise.zero"], ["more"], name="more"),
+    ]
+    node.input[0] = "more"
+    for one in reversed(added):
+        model.graph.node.insert(index, one)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(AssertionError, match="reads a dequantised value"):
+        check_places(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize(("precision", "least"), [("w8a8", 20), ("w4a16", 8)])
@@ -222,6 +273,7 @@ def test_a_demo_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
     assert "25 of 26 layers quantised, 1 left out as asked" in " ".join(said.out.split())
     bundle = edgewise.Bundle.open(out)
     rungs = {rung.kind: rung for rung in bundle.manifest.verification}
+    assert check_places(artifact(bundle)) == 25
     assert rungs["lowering"].name == "tensorrt/vision_encoder/fp16" == rungs["quantisation"].against and rungs["lowering"].passed
     assert cli("verify", out).code == 0
 

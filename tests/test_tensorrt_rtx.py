@@ -31,13 +31,13 @@ def test_programs_are_parsed(name: str, tmp_path: Path) -> None:
 
 
 @needs_rtx
-@pytest.mark.parametrize(("family", "spec"), [("vit", "tome:keep=0.5"), ("ast", "topk:keep=0.5")])
-def test_families_are_built(family: str, spec: str, tmp_path: Path) -> None:
+def test_engines_are_part_of_a_bundle(tmp_path: Path) -> None:
     from families import build
 
-    model, inputs = build(family, small=True)
+    model, inputs = build("vit", small=True)
     bundle = edgewise.export(
-        model, tmp_path / "b", example=inputs, targets=["tensorrt"], compress=spec, devices=["sm86", "sm120"], cache=False
+        model, tmp_path / "b", example=inputs, targets=["tensorrt"], compress="tome:keep=0.5", devices=["sm86", "sm120"],
+        cache=False,
     )  # fmt: skip
     artifact = bundle.manifest.targets[0]
     names = [Path(name).name.partition(".")[2] for name in artifact.files]

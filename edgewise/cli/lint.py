@@ -8,9 +8,10 @@ import typer
 
 from edgewise.cli import options
 from edgewise.cli.screen import Result, Screen
+from edgewise.errors import unknown
 
-SLOW = "slow: "
-"""What a line begins with that names a cost and not a failure (see `Target.lint`)."""
+SLOW, NOTE = "slow: ", "note: "
+"""What a line begins with that names a cost, or what is good to know, and not a failure (see `Target.lint`)."""
 
 
 def lint(
@@ -19,6 +20,9 @@ def lint(
         list[str] | None, typer.Option("--target", help="Repeatable. Default: all. See `edgewise targets`.")
     ] = None,
     compress: options.Compress = None,
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="P", help="That of the artifact: what a target can do may hang on it.")
+    ] = "fp32",
     input_shapes: options.InputShapes = None,
     batch: options.Batch = None,
     seed: options.Seed = None,
@@ -37,6 +41,13 @@ def lint(
 
     screen = Screen(json, quiet)
     chosen = [targets.get(name) for name in dict.fromkeys(target or targets.names())]
+    if target is None:  # those that have it
+        chosen = [one for one in chosen if precision in one.precisions]
+        if not chosen:
+            known = {one for name in targets.names() for one in targets.get(name).precisions}
+            raise unknown("precision", precision, sorted(known))
+    for one in chosen:
+        one.check_precision(precision)
     found: dict[str, list[str]] = {}
     with screen.progress() as step:
         step(0, 2 + len(chosen), "load the model")
@@ -57,7 +68,7 @@ def lint(
         compressed = insert(program, *(compress or []))
         for number, one in enumerate(chosen):
             step(2 + number, 2 + len(chosen), f"lint for {one.name}")
-            found[one.name] = one.lint(Legalise(one.realisations)(compressed.exported).program)
+            found[one.name] = one.lint(Legalise(one.realisations)(compressed.exported).program, precision)
     for name, lines in found.items():
         for line in lines:
             screen.show(f"{name}: {line}")
@@ -66,10 +77,12 @@ def lint(
     document: dict[str, Any] = {
         "model": source.name,
         "compress": list(compress or []),
+        "precision": precision,
         "targets": {
             name: {
-                "fails": [line for line in lines if not line.startswith(SLOW)],
+                "fails": [line for line in lines if not line.startswith((SLOW, NOTE))],
                 "slow": [line.removeprefix(SLOW) for line in lines if line.startswith(SLOW)],
+                "notes": [line.removeprefix(NOTE) for line in lines if line.startswith(NOTE)],
             }
             for name, lines in found.items()
         },

@@ -351,9 +351,9 @@ class Target(ABC):
         cannot be told here. Raises `InputError` if the files cannot be read."""
         return None
 
-    def lint(self, exported: ExportedProgram) -> list[str]:
-        """What would fail, or be slow, on this target; one line each, which begins with `slow: ` if it would run all the same. An
-        empty list: nothing is known to."""
+    def lint(self, exported: ExportedProgram, precision: str = "fp32") -> list[str]:
+        """What would fail, or be slow, on this target at a precision that it has; one line each, which begins with `slow: ` if it
+        would run all the same, and with `note: ` if it is good to know and no fault. An empty list: nothing is known."""
         from edgewise.passes.lint import data_dependent
 
         return data_dependent(exported)

@@ -79,7 +79,7 @@ class CoreML(Target):
         assert feeds is not None
         return CoreMLQuantiser(files, feeds)
 
-    def lint(self, exported: ExportedProgram) -> list[str]:
+    def lint(self, exported: ExportedProgram, precision: str = "fp32") -> list[str]:
         from edgewise.targets.coreml.convert import quiet
         from edgewise.targets.coreml.lint import lint
 

@@ -104,12 +104,13 @@ class TensorRT(Target):
 
     def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
         from edgewise.targets.onnx.quantiser import Kind, OnnxQuantiser
+        from edgewise.targets.tensorrt.capabilities import FOUR_BITS_NEED
         from edgewise.targets.tensorrt.precision import FOUR_BITS
 
         self.check()
         quantiser = OnnxQuantiser(files, precision, feeds, Kind(self.name, FOUR_BITS))
         if precision == "w4a16":
-            quantiser.notes += ("weights of 4 bits need opset 21, which TensorRT reads from 10.9 on: JetPack 7, and not 6",)
+            quantiser.notes += (FOUR_BITS_NEED,)
         return quantiser
 
     def finish(self, files: Sequence[Path]) -> list[Path]:
@@ -148,11 +149,11 @@ class TensorRT(Target):
         onnx, plan = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(".plan").name))
         return f"trtexec --onnx={onnx} --stronglyTyped --noTF32 --saveEngine={plan} --useSpinWait --warmUp=500 --duration=5"
 
-    def lint(self, exported: ExportedProgram) -> list[str]:
+    def lint(self, exported: ExportedProgram, precision: str = "fp32") -> list[str]:
         from edgewise.targets.tensorrt.lint import lint
 
         # A graph whose shapes depend on data is not lowered at all.
-        return super().lint(exported) or lint(exported)
+        return super().lint(exported) or lint(exported, precision)
 
     def ops(self, files: Sequence[Path]) -> dict[str, int] | None:
         from edgewise.targets.onnx.ops import ops

@@ -26,6 +26,10 @@ DATA_DEPENDENT = frozenset({"NonZero", "NonMaxSuppression", "Unique", "Compress"
 """Ops whose result has as many entries as the data say."""
 LOOPS = frozenset({"Loop", "Scan", "If"})
 
+OPSET = 20
+"""The last opset that TensorRT before 10.9 reads, and so JetPack 6."""
+FOUR_BITS_NEED = "weights of 4 bits need opset 21, which TensorRT reads from 10.9 on: JetPack 7, and not 6"
+
 MOST_PICKED = 3840
 """The largest K of TopK."""
 MOST_DIMENSIONS = 8

@@ -10,43 +10,54 @@ import onnx_ir as ir
 from torch.export import ExportedProgram
 
 from edgewise.errors import InputError
+from edgewise.targets.base import layer_of
 from edgewise.targets.tensorrt import capabilities as can
 from edgewise.targets.tensorrt.engine import WAYS_ROUND
 from edgewise.targets.tensorrt.lower import typed
 from edgewise.targets.tensorrt.origin import Origin
+from edgewise.targets.tensorrt.precision import FOUR_BITS
 from edgewise.targets.tensorrt.retype import is_constant
+from edgewise.targets.tensorrt.views import static_shape
+
+Level = Literal["fails", "slow", "note"]
+_ORDER = ("fails", "slow", "note")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`fails`: TensorRT refuses it, or computes something else; `slow`: it runs, and costs more than it has to."""
+    """`fails`: TensorRT refuses it, or computes something else; `slow`: it runs, and costs more than it has to; `note`: it runs,
+    and not everywhere, or not as was asked."""
 
-    level: Literal["fails", "slow"]
+    level: Level
     where: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{'slow: ' if self.level == 'slow' else ''}{self.where}: {self.reason}"
+        return f"{'' if self.level == 'fails' else f'{self.level}: '}{self.where}: {self.reason}"
 
 
-def lint(exported: ExportedProgram) -> list[str]:
+def lint(exported: ExportedProgram, precision: str = "fp32") -> list[str]:
     """One line for each finding in a program of ATen ops, the failures first."""
     signature = exported.graph_signature
     try:
         model, origins = typed(
             exported,
-            "fp32",
+            "fp32" if precision == "fp32" else "fp16",
             [f"i{n}" for n in range(len(signature.user_inputs))],
             [f"o{n}" for n in range(len(signature.user_outputs))],
         )
     except InputError as error:
         return [str(error)]
-    return [str(finding) for finding in sorted(findings(model, origins), key=lambda finding: finding.level)]
+    found = findings(model, origins) + (_four_bits(model) if precision == "w4a16" else [])
+    return [str(finding) for finding in sorted(found, key=lambda finding: _ORDER.index(finding.level))]
 
 
 def findings(model: ir.Model, origins: dict[str, Origin] | None = None) -> list[Finding]:
     """What the capability table says of an ONNX model whose values have types. `origins`: of its nodes, by name."""
     found = []
+    opset = model.opset_imports.get("", can.OPSET)
+    if opset > can.OPSET:
+        found.append(Finding("note", f"opset {opset}", f"TensorRT before 10.9 (JetPack 6) reads up to {can.OPSET}"))
     for value in model.graph.inputs:
         for level, reason in _value(value):
             found.append(Finding(level, f"input {value.name}", reason))
@@ -57,7 +68,26 @@ def findings(model: ir.Model, origins: dict[str, Origin] | None = None) -> list[
     return list(dict.fromkeys(found))
 
 
-_Found = Iterator[tuple[Literal["fails", "slow"], str]]
+def _four_bits(model: ir.Model) -> list[Finding]:
+    """What weights of four bits need, and the layers that cannot have them."""
+    unfit = []
+    for node in model.graph:
+        name = layer_of(node.name or "")
+        sizes = static_shape(node.inputs[1]) if name is not None else None
+        if name is None or sizes is None:
+            continue
+        inputs = 1 if node.attributes.get_int("transB", 0) else 0
+        if len(sizes) != 2 or all(sizes[inputs] % block for block in FOUR_BITS.blocks):
+            unfit.append(name)
+    found = [Finding("note", "w4a16", can.FOUR_BITS_NEED)]
+    if unfit:
+        blocks, names = " or ".join(map(str, FOUR_BITS.blocks)), ", ".join(dict.fromkeys(unfit))
+        reason = f"they are convolutions, or their inputs do not divide into blocks of {blocks}, and stay in half precision"
+        found.append(Finding("note", f"layers {names}", reason))
+    return found
+
+
+_Found = Iterator[tuple[Level, str]]
 
 
 def _node(node: ir.Node) -> _Found:
