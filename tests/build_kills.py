@@ -1,7 +1,9 @@
-"""Builds that are killed at random moments: `python tests/build_kills.py 50` takes a quarter of an hour.
+"""Builds that are killed at random moments: `python tests/build_kills.py 50 [SEED [FOLDER]]` takes a quarter of an hour.
 
-After every kill, whatever is there is whole: each bundle of the output and of the cache opens, and one in the cache is the bundle
-that its key stands for. The resumed build has the bytes of one that nobody disturbed.
+Only kills that meet a running build count: a build that ends before its moment is looked at as a resumed one, and the next begins
+from nothing. After every kill, whatever is there is whole: each bundle of the output and of the cache opens, and one in the cache
+is the bundle that its key stands for. The resumed build has the bytes of one that nobody disturbed. Edgewise's own code is part of
+the key: leave the checkout alone meanwhile, or run a copy.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +37,18 @@ def files(folder: Path) -> dict[str, bytes]:
 def bundles(folder: Path) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
+
+
+def same(now: dict[str, bytes], good: dict[str, bytes]) -> None:
+    """Raise an AssertionError that says which files differ, and where."""
+    for name in sorted(now.keys() | good.keys()):
+        one, two = now.get(name), good.get(name)
+        if one is None or two is None:
+            raise AssertionError(f"{name} is {'not there' if one is None else 'there, and should not be'}")
+        if one != two:
+            at = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+            near = slice(max(0, at - 80), at + 80)
+            raise AssertionError(f"{name} differs from byte {at} on: {one[near]!r}, and should be {two[near]!r}")
 
 
 def hidden(folder: Path) -> list[str]:
@@ -69,9 +84,26 @@ class Builder:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def children(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text() if Path(f"/proc/{pid}").exists() else ""
-    return [int(word) for word in text.split()]
+def workers(pid: int) -> list[int]:
+    """The processes that a build started to build in, and that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if parent(path) == pid and b"edgewise.builder.worker" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found
+
+
+def parent(process: Path) -> int | None:
+    """Of a process in /proc; None if it has ended. Raises OSError if it is not there."""
+    state, number = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+    return None if state in "ZX" else int(number)
+
+
+def lives(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return parent(Path(f"/proc/{pid}")) is not None
+    return False
 
 
 def check(builder: Builder, good: dict[str, bytes]) -> int:
@@ -80,19 +112,50 @@ def check(builder: Builder, good: dict[str, bytes]) -> int:
 
     for path in bundles(builder.out):
         Bundle.open(path)
-        assert files(path) == {k.partition("/")[2]: v for k, v in good.items() if k.startswith(path.name + "/")}, path
+        same(files(path), {k.partition("/")[2]: v for k, v in good.items() if k.startswith(path.name + "/")})
     manifests = {value for name, value in good.items() if name.endswith("/manifest.json")}
     for path in bundles(builder.cache / "bundles"):
         Bundle.open(path)
-        assert (path / "manifest.json").read_bytes() in manifests
+        assert (path / "manifest.json").read_bytes() in manifests, path
     return len(bundles(builder.out))
 
 
-def run(folder: Path, tiny: str, kills: int, seed: int) -> dict[str, int]:
-    """Kill builds `kills` times: all of a build, its parent, or one of its processes. Every tenth time the build is resumed, and
-    then starts from nothing again."""
+def check_resumed(builder: Builder, statuses: dict[str, str], good: dict[str, bytes]) -> dict[str, int]:
+    """Compare what a build that was resumed made with what one that nobody disturbed did; nothing else may be left."""
     from edgewise.exporter.cache import DEFAULT_LIMIT, tidy
 
+    assert "failed" not in statuses.values(), statuses
+    check(builder, good)
+    same(files(builder.out), good)
+    left = hidden(builder.out)
+    swept = len(hidden(builder.cache) + hidden(builder.cache / "bundles"))
+    tidy(builder.cache, DEFAULT_LIMIT)  # as the next entry would
+    left += hidden(builder.cache) + hidden(builder.cache / "bundles")
+    assert not left, left
+    assert set(builder.finish(builder.start("--dry-run")).values()) == {"current"}
+    return {"resumed": 1, "reused": sum(status != "built" for status in statuses.values()), "swept": swept}
+
+
+def kill(process: subprocess.Popen[str], how: str, chance: random.Random) -> bool:
+    """End all of a build, its parent, or one of its processes, at once. False if it was done before, or has no process yet."""
+    if process.poll() is not None:
+        return False
+    if how == "child":
+        found = workers(process.pid)
+        if not found:
+            return False
+        os.kill(chance.choice(found), signal.SIGKILL)
+        return True
+    (os.killpg if how == "all" else os.kill)(process.pid, signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def run(folder: Path, tiny: str, kills: int, seed: int, most_in_a_row: int = 4) -> Counter[str]:
+    """Kill running builds `kills` times at random moments: all of a build, its parent, or one of its processes.
+
+    What was killed is resumed by the next build, which may be killed too, at most so often in a row.
+    """
     chance = random.Random(seed)
     builder = Builder(folder, tiny)
     start = time.perf_counter()
@@ -100,36 +163,36 @@ def run(folder: Path, tiny: str, kills: int, seed: int) -> dict[str, int]:
     longest = time.perf_counter() - start
     assert set(before.values()) == {"built"}, before
     good = files(builder.out)
-    counts = {"kills": 0, "late": 0, "found": 0, "resumed": 0, "swept": 0}
+    counts: Counter[str] = Counter()
     builder.clear()
-    for number in range(kills):
+    in_a_row = 0
+    while counts["kills"] < kills or in_a_row:
         process = builder.start()
-        # Half of the kills come late, when bundles are written: much of a build is the start of its processes.
-        time.sleep(chance.uniform(longest / 2 if number % 2 else 0, longest))
-        counts["late"] += process.poll() is not None
-        how = ("all", "parent", "child")[number % 3]
-        victims = children(process.pid)
-        if how == "child" and victims:
-            os.kill(chance.choice(victims), signal.SIGKILL)
-            builder.finish(process)  # its bundle is tried once more
-        else:
-            with contextlib.suppress(ProcessLookupError):  # it was done before it was killed
-                (os.killpg if how == "all" else os.kill)(process.pid, signal.SIGKILL)
-            process.communicate()
-        counts["kills"] += 1
-        counts["found"] += check(builder, good)
-        if number % 10 == 9 or number == kills - 1:
-            statuses = builder.finish(builder.start())
-            counts["resumed"] += sum(status != "built" for status in statuses.values())
-            now = files(builder.out)
-            assert now == good, sorted(name for name in now.keys() | good.keys() if now.get(name) != good.get(name))
-            left = hidden(builder.out)
-            counts["swept"] += len(hidden(builder.cache) + hidden(builder.cache / "bundles"))
-            tidy(builder.cache, DEFAULT_LIMIT)  # as the next entry would
-            left += hidden(builder.cache) + hidden(builder.cache / "bundles")
-            assert not left, left
-            assert set(builder.finish(builder.start("--dry-run")).values()) == {"current"}
-            builder.clear()
+        # Half of the moments are late ones, when bundles are written: much of a build is the start of its processes.
+        moment = chance.uniform(chance.choice((0, longest / 2)), longest)
+        how = chance.choice(("all", "parent", "child"))
+        hit = False
+        if in_a_row < most_in_a_row and counts["kills"] < kills:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(moment)
+            orphans = workers(process.pid)
+            hit = kill(process, how, chance)
+        if hit:
+            counts.update(["kills", how, f"moment {4 * moment / longest:.0f}/4"])
+            in_a_row += 1
+            print(f"{counts['kills']}: {how} after {moment:.1f} of {longest:.1f} s", flush=True)
+            if how == "parent":  # nobody reads what its processes say: they end by themselves
+                ended = time.perf_counter() + 60
+                while any(map(lives, orphans)):
+                    assert time.perf_counter() < ended, "a process outlives the build that started it"
+                    time.sleep(0.01)
+            if how != "child":
+                counts["found"] += check(builder, good)
+                continue
+        # It was let go on, it was done before its moment, or it lost one process: its bundle is tried once more.
+        counts.update(check_resumed(builder, builder.finish(process), good))
+        builder.clear()
+        in_a_row = 0
     return counts
 
 
@@ -139,8 +202,9 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from conftest import TINY
 
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         number = int(sys.argv[1]) if len(sys.argv) > 1 else 50
         seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(10**6)
         print(f"seed {seed}", flush=True)
-        print(run(Path(place) / "build", TINY, number, seed))
+        place = Path(sys.argv[3]) if len(sys.argv) > 3 else Path(temporary)  # a folder that is given is kept
+        print(dict(sorted(run(place / "build", TINY, number, seed).items())))

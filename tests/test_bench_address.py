@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import edgewise
 from edgewise.bench import remote
-from edgewise.bench.remote import AdbAddress, SshAddress, parse_address, ssh
+from edgewise.bench.remote import AdbAddress, SshAddress, device, parse_address
 from edgewise.errors import InputError
 
 
@@ -26,6 +26,8 @@ from edgewise.errors import InputError
         ("adb", AdbAddress()),
         ("adb:emulator-5554", AdbAddress("emulator-5554")),
         ("adb:192.168.1.7:5555", AdbAddress("192.168.1.7:5555")),
+        ("adb/data/local/tmp/x/", AdbAddress(None, "/data/local/tmp/x")),
+        ("adb:0123/sdcard", AdbAddress("0123", "/sdcard")),
     ],
 )
 def test_addresses(text: str, address: object) -> None:
@@ -61,6 +63,9 @@ def test_addresses(text: str, address: object) -> None:
             "adb:",
             "adb:-s",
             "adb: x",
+            "adb:x/../y",
+            "adb:x/$(y)",
+            "adbx",
             "http://board",
         ),
     ],
@@ -119,16 +124,16 @@ def test_whatever_a_device_answers(answer: Any) -> None:
 def test_whatever_a_device_says(lines: list[bytes]) -> None:
     import io
 
-    for message in ssh._messages(io.BytesIO(b"\n".join(lines)), "device"):
+    for message in device.messages(io.BytesIO(b"\n".join(lines)), "device"):
         assert isinstance(message, dict)
 
 
 def test_deep_nesting_from_a_device_is_passed_over() -> None:
     import io
 
-    assert list(ssh._messages(io.BytesIO(b"[" * 10**6 + b"\n" + b'{"a":' * 10**5 + b"\n{}\n"), "device")) == [{}]
+    assert list(device.messages(io.BytesIO(b"[" * 10**6 + b"\n" + b'{"a":' * 10**5 + b"\n{}\n"), "device")) == [{}]
 
 
 def test_what_a_device_says_does_nothing_to_a_terminal() -> None:
-    assert ssh._plain("a\x1b[2J\x07b\r\nc\u202e") == "a[2Jbc"
-    assert ssh._plain("a\nb", lines=True) == "a\nb" and len(ssh._plain("x" * 10**6)) <= 500
+    assert device.plain("a\x1b[2J\x07b\r\nc\u202e") == "a[2Jbc"
+    assert device.plain("a\nb", lines=True) == "a\nb" and len(device.plain("x" * 10**6)) <= 500

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
-import site
 import subprocess
 import sys
 import threading
@@ -19,6 +17,7 @@ import tiny_programs
 import torch
 from bundle_helpers import ROLE, snapshot
 from conftest import Cli
+from devices import without_openvino, workers
 from sshd import Server, needs_sshd, serving
 from tiny_bundles import make
 
@@ -29,7 +28,6 @@ from edgewise.bench.remote.ssh import Ssh
 from edgewise.bundle import Bundle
 
 pytestmark = needs_sshd
-PACKAGES = Path(site.getsitepackages()[0])
 HOW = ("--samples", "3", "--seconds", "0", "--warmup", "1", "--threads", "1", "--no-cold")
 
 
@@ -43,14 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A machine that has all packages but OpenVINO, as its system's, and no package index."""
     folder = tmp_path_factory.mktemp("board")
-    packages = folder / "packages"
-    packages.mkdir()
-    for entry in PACKAGES.iterdir():
-        if not entry.name.startswith(("openvino", "edgewise", "__editable")):
-            (packages / entry.name).symlink_to(entry)
-    with serving(
-        folder / "server", {"PYTHONPATH": str(packages), "PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1"}
-    ) as server:
+    with serving(folder / "server", without_openvino(folder / "packages")) as server:
         yield server
 
 
@@ -224,17 +215,6 @@ def test_a_cut_connection(bench: Cli, board: Server, tmp_path: Path, folder: Pat
         time.sleep(0.1)
     assert not workers(folder)
     assert bench("--target", "onnxruntime").code == 0
-
-
-def workers(folder: Path) -> list[int]:
-    """Processes that measure on the device."""
-    found = []
-    for process in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            words = (process / "cmdline").read_bytes().split(b"\0") if process.name.isdigit() else []
-            if words[1:] and words[0].startswith(os.fsencode(folder)) and b"edgewise.bench.remote.worker" in words:
-                found.append(int(process.name))
-    return found
 
 
 def parent_of(pid: int) -> int:

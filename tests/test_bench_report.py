@@ -143,6 +143,65 @@ def test_what_is_unknown_is_left_out_or_a_dash(record: Record) -> None:
         assert heading not in words
 
 
+def plots_of(text: str, what: str) -> list[tuple[str, int]]:
+    """Of every plot of a measure of accuracy, what lies across and how many marks it has."""
+    parts = [part for part in text.split("<svg ") if f">{what}</text>" in part]
+    across = ("median latency, ms", "size, MB")
+    return [(next(one for one in across if f">{one}</text>" in part), part.count("<circle")) for part in parts]
+
+
+def test_accuracy_on_labelled_data_is_plotted_where_it_is_known(record: Record) -> None:
+    first, second = record.measurements
+    told, cosine = "accuracy on labelled data", "cosine with the uncompressed model"
+    assert plots_of(page([record]), told) == []
+    assert plots_of(page([record]), cosine) == [("median latency, ms", 2), ("size, MB", 2)]
+    scores = {first.artifact_digest: 0.93, second.artifact_digest: 0.91, "0" * 64: 0.5}
+    assert plots_of(page([record], scores), told) == [("median latency, ms", 2), ("size, MB", 2)]
+    assert "0.93" in page([record], scores)
+    # One alone, and one that something else timed in the place of the target's runtime.
+    assert plots_of(page([record], {second.artifact_digest: 0.91}), told) == [("median latency, ms", 1), ("size, MB", 1)]
+    stand_in = first.model_copy(update={"stand_in": "an interpreter"})
+    mixed = record.model_copy(update={"measurements": (stand_in, second)})
+    assert plots_of(page([mixed], scores), told) == [("median latency, ms", 1), ("size, MB", 2)]
+    assert "in the place of the target's" in page([mixed], scores)
+    assert "in the place of the target's has no" not in page([record], scores)
+
+
+def test_only_artifacts_of_one_model_and_role_are_held_against_one_another(record: Record) -> None:
+    first, second = record.measurements
+    projector = record.model_copy(update={"measurements": (first, second.model_copy(update={"role": "projector"}))})
+    other = record.model_copy(update={"model": "demo:other"})
+    text = page([projector, other])
+    assert plots_of(text, "cosine with the uncompressed model") == [
+        *[("median latency, ms", 1), ("size, MB", 1)] * 2,
+        *[("median latency, ms", 2), ("size, MB", 2)],
+    ]
+    for title in (f"{record.model} {first.role}", f"{record.model} projector", f"demo:other {first.role}"):
+        assert f"<h3>{title}</h3>" in text
+
+
+def test_a_record_of_a_build_gives_the_accuracy(record: Record, tmp_path: Path, cli: Cli) -> None:
+    from edgewise.builder.figures import Figures
+    from edgewise.builder.gates import BuildRecord
+
+    figures = tuple(
+        Figures(bundle="b", artifact=one.artifact, digest=one.artifact_digest, size=1, accuracy=value)
+        for one, value in zip(record.measurements, (0.875, None), strict=True)
+    )
+    built, measured, out = tmp_path / "build.json", tmp_path / "record.json", tmp_path / "page.html"
+    built.write_text(BuildRecord(figures=figures).model_dump_json())
+    measured.write_text(record.model_dump_json())
+    said = cli("report", measured, built, "-o", out)
+    assert said.code == 0, said.err
+    assert plots_of(out.read_text("utf-8"), "accuracy on labelled data") == [("median latency, ms", 1), ("size, MB", 1)]
+    out.unlink()
+    cli("report", built, "-o", out).refused("records of builds", "edgewise bench -o")
+    for text in ("[]", '{"format": "edgewise-build"}' * 2, '{"format": "edgewise-build", "figures": [{"size": 1}]}', "[" * 10**5):
+        built.write_text(text)
+        cli("report", measured, built, "-o", out).refused("build.json")
+    assert not out.exists()
+
+
 TRAP = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&]]>\u202e"
 
 

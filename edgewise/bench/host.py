@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 from edgewise.bench.record import Host
@@ -14,7 +16,7 @@ def describe() -> Host:
     """Describe this machine from `/proc` and `/sys`; on other systems most of it is None."""
     cpuinfo = text("/proc/cpuinfo") or ""
     return Host(
-        device=text("/proc/device-tree/model") or text("/sys/class/dmi/id/product_name"),
+        device=text("/proc/device-tree/model") or text("/sys/class/dmi/id/product_name") or android("ro.product.model"),
         cpu=cpu_name(cpuinfo),
         cores_physical=physical_cores(cpuinfo),
         cores_logical=_usable_cores(),
@@ -96,7 +98,20 @@ def _usable_cores() -> int | None:
 def _os() -> str | None:
     release = text("/etc/os-release") or ""
     found = re.search(r'^PRETTY_NAME="?([^"\n]*)"?$', release, re.MULTILINE)
+    if not found and (version := android("ro.build.version.release")):
+        return f"Android {version}"
     return found.group(1) if found else platform.platform() or None
+
+
+def android(name: str) -> str | None:
+    """A property of an Android system; None on all others."""
+    if (program := shutil.which("getprop")) is None:
+        return None
+    try:
+        done = subprocess.run([program, name], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return None
+    return done.stdout.strip() or None
 
 
 def text(path: str | Path) -> str | None:

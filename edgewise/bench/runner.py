@@ -347,7 +347,7 @@ def _measurement(run: _Run, runs: Sequence[_Run], seen: _Seen) -> Measurement:
     )
     probed = run.probed.reason or "this system does not tell it"
     why = {
-        "placement": "this version of the runtime does not tell it",
+        "placement": run.session.no_placement,
         "cold_load_ms": probed,
         "peak_memory_bytes": probed,
         "power_watts": seen.no_power or "the sensor was not ready in the time of the runs",

@@ -6,6 +6,7 @@ process writes bundles, each whole and once.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import shutil
 import socket
@@ -34,9 +35,13 @@ def engine(address: str | None) -> Callable[[Sequence[Task], int, Tell], Iterato
     Raises MissingExtra where Ray is absent, and InputError where no cluster answers.
     """
 
+    with extras_named():  # before anything is planned, and whether or not something is to be built
+        if importlib.util.find_spec("ray") is None:
+            raise ModuleNotFoundError("ray is not here", name="ray")
+
     def build_all(tasks: Sequence[Task], jobs: int, tell: Tell) -> Iterator[Outcome]:
-        with extras_named():
-            import ray
+        import ray
+
         # A cluster that this process is part of already is the one.
         started = not ray.is_initialized()
         if started:

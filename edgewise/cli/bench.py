@@ -32,7 +32,7 @@ def bench(
     on: Annotated[
         str | None,
         typer.Option(
-            "--on", metavar="ADDRESS", help="Measure there: ssh://user@host[:port][/folder], or adb[:serial]."
+            "--on", metavar="ADDRESS", help="Measure there: ssh://user@host[:port][/folder], or adb[:serial][/folder]."
         ),
     ] = None,
     ssh_config: Annotated[
@@ -91,14 +91,7 @@ def bench(
 def _elsewhere(
     on: str, bundles: list[Bundle], compare: bool, ssh_config: Path | None, python: str
 ) -> Callable[..., Record | Comparison]:
-    from edgewise.bench.remote import AdbAddress, bench_on_ssh, compare_on_ssh, parse_address
+    from edgewise.bench.remote import bench_on, compare_on, parse_address, reach
 
-    address = parse_address(on)
-    if isinstance(address, AdbAddress):
-        raise InputError(
-            "benchmarks over adb are not there yet: on an Android device run an SSH server (that of Termux, say) and give "
-            "--on ssh://user@host:8022"
-        )
-    if compare:
-        return partial(compare_on_ssh, address, bundles, config=ssh_config, python=python)
-    return partial(bench_on_ssh, address, bundles[0], config=ssh_config, python=python)
+    device = reach(parse_address(on), config=ssh_config, python=python)
+    return partial(compare_on, device, bundles) if compare else partial(bench_on, device, bundles[0])

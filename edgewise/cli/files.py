@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from edgewise.bundle.temporary import sweep, temporary
 from edgewise.errors import InputError
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A place to write a file; it becomes `out` when the block ends, and not if that fails. What killed writers left beside `out`
+    goes. Raises `InputError` if it cannot be written."""
+    try:
+        sweep(out.parent, out.name)
+        with temporary(out) as folder:
+            part = folder / out.name
+            yield part
+            os.replace(part, out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def write_text(out: Path, text: str) -> None:
     """Write a file whole or not at all. Raises `InputError` if it cannot be written."""
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
+    with whole(out) as part:
         part.write_text(text, "utf-8")
-        os.replace(part, out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def append_text(out: Path, text: str) -> None:

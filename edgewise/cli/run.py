@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import typer
 
 from edgewise.cli import options
+from edgewise.cli.files import whole
 from edgewise.cli.screen import Result, Screen, number, row, table
 from edgewise.errors import InputError
 from edgewise.targets import Session, choose
@@ -163,12 +163,5 @@ def _plain(value: Any) -> float | int | bool | None:
 
 def _write(out: Path, outputs: dict[str, np.ndarray]) -> None:
     """Write the outputs whole or not at all."""
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, **outputs)  # type: ignore[arg-type]
-        os.replace(part, out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(out) as part, open(part, "wb") as file:
+        np.savez(file, **outputs)  # type: ignore[arg-type]

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from edgewise.errors import InputError
+
+if TYPE_CHECKING:
+    import yaml
 
 MOST_BYTES = 1 << 20
 _MOST_NODES = 20_000
@@ -37,6 +38,8 @@ class Document:
 
 def read_yaml(path: Path) -> Document:
     """Read a mapping from a YAML file of at most 1 MiB. Raises InputError, with the line."""
+    import yaml
+
     try:
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -64,6 +67,8 @@ def read_yaml(path: Path) -> Document:
 
 def _nodes(root: yaml.Node | None, path: Path) -> Iterator[tuple[Where, yaml.Node]]:
     """Every node with the way to it. A key that is there twice is an error: YAML would forget the first."""
+    import yaml
+
     pending: list[tuple[Where, yaml.Node]] = [] if root is None else [((), root)]
     count = 0
     while pending:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field
 
 from edgewise.schema import Strict
@@ -48,6 +47,8 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """The recipe as YAML, with sorted keys: the same recipe gives the same text."""
+        import yaml
+
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=True, allow_unicode=True))
 
 

@@ -86,6 +86,8 @@ class Session(ABC):
     outputs: tuple[TensorInfo, ...]
     stand_in: str | None = None
     """What runs the artifact, where it is not the runtime that the artifact is for: then its times say nothing of a device."""
+    no_placement: str = "this version of the runtime does not tell it"
+    """Why `placement` gave None."""
 
     @cached_property
     def _expected(self) -> list[tuple[str, tuple[int, ...], np.dtype[Any]]]:
@@ -161,7 +163,7 @@ class Session(ABC):
         """Run checked feeds."""
 
     def placement(self) -> dict[str, int] | None:
-        """Number of graph nodes by the unit that runs them. None: the runtime does not say."""
+        """Number of graph nodes by the unit that the target's runtime runs them on. None: it does not say, see `no_placement`."""
         return None
 
     def stages(self) -> dict[str, tuple[float, ...]] | None:

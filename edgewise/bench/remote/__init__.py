@@ -10,7 +10,9 @@ from typing import Any
 
 import edgewise
 from edgewise.bench.record import Comparison, Record, parse
+from edgewise.bench.remote.adb import Adb
 from edgewise.bench.remote.address import AdbAddress, SshAddress, parse_address
+from edgewise.bench.remote.device import Device
 from edgewise.bench.remote.ssh import Ssh
 from edgewise.bundle.manifest import MANIFEST_NAME, dump
 from edgewise.bundle.reader import Bundle, digest
@@ -24,59 +26,64 @@ _PARTS = ("bench", "bundle", "targets", "verify")
 """The parts of edgewise that run on a device, besides its single modules. What makes artifacts stays here."""
 
 
-def bench_on_ssh(
-    address: SshAddress,
+def reach(address: SshAddress | AdbAddress, *, config: Path | None = None, python: str = "python3") -> Device:
+    """The device at an address. `config`: for ssh instead of the user's own; `python`: the interpreter there.
+
+    Raises `InputError` if the program that connects is not here, or, over adb, if it is not clear which device is meant.
+    """
+    if isinstance(address, SshAddress):
+        return Ssh(address, config=config, python=python)
+    if config is not None:
+        raise InputError("a configuration of ssh says nothing of a device over adb: leave --ssh-config out")
+    return Adb(address, python=python)
+
+
+def bench_on(
+    device: Device,
     bundle: Bundle,
     targets: Sequence[str] | None = None,
     *,
-    config: Path | None = None,
-    python: str = "python3",
     progress: Callable[[str], None] | None = None,
     **how: Any,
 ) -> Record:
     """Measure `bundle` on another machine, as `edgewise.bench.bench` with the arguments `how` would there.
 
     Copies the files of the bundle and of edgewise that the machine has not, each checked by its digest there; makes a virtual
-    environment or takes the one that it made before, and installs the runtimes of the bundle's targets that lack. `config`: for ssh
-    instead of the user's own, `python`: the interpreter there.
+    environment or takes the one that it made before, and installs the runtimes of the bundle's targets that lack.
 
     Raises `InputError` if the machine cannot be reached, is not who it was, has no room, or cannot run any artifact. Nothing is
     written here; what has arrived there is used by the next try.
     """
-    found = _measured_there(address, [bundle], targets, config, python, progress, how)
+    found = _measured_there(device, [bundle], targets, progress, how)
     if not isinstance(found, Record):
         raise InputError("the device sent a comparison, and one bundle was to be measured")
     return found
 
 
-def compare_on_ssh(
-    address: SshAddress,
+def compare_on(
+    device: Device,
     bundles: Sequence[Bundle],
     targets: Sequence[str] | None = None,
     *,
-    config: Path | None = None,
-    python: str = "python3",
     progress: Callable[[str], None] | None = None,
     **how: Any,
 ) -> Comparison:
     """Measure several bundles on another machine in turn, as `edgewise.bench.compare` with the arguments `how` would there.
 
-    Arguments and errors are those of `bench_on_ssh`; the bundles are called by their places here.
+    Arguments and errors are those of `bench_on`; the bundles are called by their places here.
     """
     if len(bundles) < 2:
         raise InputError("a comparison needs two bundles or more")
-    found = _measured_there(address, bundles, targets, config, python, progress, how)
+    found = _measured_there(device, bundles, targets, progress, how)
     if not isinstance(found, Comparison):
         raise InputError("the device sent one record, and bundles were to be compared")
     return found.model_copy(update={"bundles": tuple(str(bundle.path) for bundle in bundles)})
 
 
 def _measured_there(
-    address: SshAddress,
+    device: Device,
     bundles: Sequence[Bundle],
     targets: Sequence[str] | None,
-    config: Path | None,
-    python: str,
     progress: Callable[[str], None] | None,
     how: dict[str, Any],
 ) -> Record | Comparison:
@@ -87,10 +94,9 @@ def _measured_there(
     digests = [{name: digest(path) for name, path in files.items()} for files in trees]
     sources = {found[name]: path for found, files in zip(digests, trees, strict=True) for name, path in files.items()}
     package, *names = [_tree_name(found) for found in digests]
-    device = Ssh(address, config=config, python=python)
     tell(f"connect to {device.name}")
     sizes = {name: path.stat().st_size for name, path in sources.items()}
-    found = device.ask({"verb": "hello", "folder": address.folder, "files": sizes}, tell)
+    found = device.ask({"verb": "hello", "folder": device.folder, "files": sizes}, tell)
     folder, missing = _answer(found, sources)
     if missing:
         size = sum(sizes[name] - there for name, there in missing.items())
@@ -101,7 +107,7 @@ def _measured_there(
     result = device.ask(
         {
             "verb": "go",
-            "folder": address.folder,
+            "folder": device.folder,
             "trees": dict(zip([package, *names], digests, strict=True)),
             "package": package,
             "base": list(DEPENDENCIES),
@@ -164,9 +170,11 @@ def _checked(result: Any, bundles: Sequence[Bundle], name: str) -> Record | Comp
 __all__ = [
     "DEPENDENCIES",
     "AdbAddress",
+    "Device",
     "SshAddress",
-    "bench_on_ssh",
-    "compare_on_ssh",
+    "bench_on",
+    "compare_on",
     "package_files",
     "parse_address",
+    "reach",
 ]

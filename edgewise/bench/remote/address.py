@@ -1,4 +1,4 @@
-"""Addresses of devices: `ssh://user@host:port/folder` and `adb:serial`. Nothing that a shell would read as more than a name."""
+"""Addresses of devices: `ssh://user@host:port/folder` and `adb:serial/folder`. Nothing that a shell reads as more than names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SSH = re.compile(
     r"(?:(?P<host>[A-Za-z0-9][A-Za-z0-9._-]*)|\[(?P<ip>[0-9A-Fa-f:.]+(?:%[A-Za-z0-9]+)?)\])"
     r"(?::(?P<port>[0-9]{1,5}))?(?P<folder>/[A-Za-z0-9._/+@-]*)?"
 )
-_ADB = re.compile(r"adb(?::(?P<serial>[A-Za-z0-9][A-Za-z0-9.:_-]*))?")
+_ADB = re.compile(r"adb(?::(?P<serial>[A-Za-z0-9][A-Za-z0-9.:_-]*))?(?P<folder>/[A-Za-z0-9._/+@-]*)?")
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,25 @@ class SshAddress:
 
 @dataclass(frozen=True)
 class AdbAddress:
-    """An Android device; `serial` None: the only one that is connected."""
+    """A device over adb; `serial` None: the only one that is connected. `folder`: as for SSH; None: `/data/local/tmp/edgewise`, if
+    it can be."""
 
     serial: str | None = None
+    folder: str | None = None
 
 
 def parse_address(text: str) -> SshAddress | AdbAddress:
     """Read an address. Raises `InputError` if it is none."""
-    if found := _ADB.fullmatch(text):
-        return AdbAddress(found["serial"])
-    found = _SSH.fullmatch(text)
-    port = int(found["port"]) if found and found["port"] else None
+    adb, ssh = _ADB.fullmatch(text), _SSH.fullmatch(text)
+    port = int(ssh["port"]) if ssh and ssh["port"] else None
+    found = adb or ssh
     if found is None or (port is not None and not 0 < port < 65536):
         raise InputError(
-            f"{text!r} is no address of a device: write ssh://user@host, ssh://user@host:port/folder, or adb:serial"
+            f"{text!r} is no address of a device: write ssh://user@host, ssh://user@host:port/folder, adb, or adb:serial/folder"
         )
     folder = (found["folder"] or "").rstrip("/") or None
     if folder is not None and ".." in folder.split("/"):
         raise InputError(f"{text!r}: the folder on the device must be written without '..'")
-    return SshAddress(found["host"] or found["ip"], found["user"], port, folder)
+    if ssh is None:
+        return AdbAddress(found["serial"], folder)
+    return SshAddress(ssh["host"] or ssh["ip"], ssh["user"], port, folder)

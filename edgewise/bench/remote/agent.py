@@ -28,6 +28,7 @@ import threading
 from typing import Any
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+ANDROID = "/data/local/tmp"
 _OUT = sys.stdout
 
 
@@ -55,7 +56,9 @@ def end_with_the_connection() -> None:
 
 
 def folder_of(name: str | None) -> str:
-    """The device's folder, made for this user alone. Without a name: below the user's cache."""
+    """The device's folder, made for this user alone. Without a name: where adb may write on Android, else in the user's cache."""
+    if name is None and os.access(ANDROID, os.W_OK):
+        name = os.path.join(ANDROID, "edgewise")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = os.path.abspath(name or os.path.join(cache, "edgewise", "device"))
     for part in ("incoming", "store", "trees"):

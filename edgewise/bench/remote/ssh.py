@@ -1,23 +1,16 @@
-"""A device over SSH, by the OpenSSH client: the user's configuration, keys and known hosts hold, and host keys are checked.
-
-The command that a remote shell reads is the same for everything: Python with a line of constant text. All names go through its
-stdin.
-"""
+"""A device over SSH, by the OpenSSH client: the user's configuration, keys and known hosts hold, and host keys are checked."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
 
-from edgewise.bench.remote import agent
 from edgewise.bench.remote.address import SshAddress
+from edgewise.bench.remote.device import Device, plain
 from edgewise.errors import InputError, MissingExtra
 
 _OPTIONS = {
@@ -29,12 +22,9 @@ _OPTIONS = {
     "ClearAllForwardings": "yes",
     "LogLevel": "ERROR",
 }
-_BOOT = "import sys; i=sys.stdin.buffer; exec(compile(i.read(int(i.readline())),'agent','exec'))"
-_LONGEST_LINE = 256 * 2**20
-_LONGEST_TEXT = 500
 
 
-class Ssh:
+class Ssh(Device):
     """Calls to one device. `config`: a configuration file in the place of the user's, `python`: the interpreter there."""
 
     def __init__(self, address: SshAddress, *, config: Path | None = None, python: str = "python3") -> None:
@@ -44,49 +34,13 @@ class Ssh:
             raise InputError(f"{config} is no file: give a configuration of ssh")
         self.address = address
         self._config = config
-        self._python = python
         name = address.host if address.port is None else f"{address.host}:{address.port}"
-        self.name = name if address.user is None else f"{address.user}@{name}"
+        super().__init__(name if address.user is None else f"{address.user}@{name}", python, address.folder)
 
-    def ask(self, request: Mapping[str, Any], progress: Callable[[str], None]) -> Any:
-        """Run the agent there with a request, and give its result. Raises `InputError` with what went wrong, there or on the
-        way."""
-        source = Path(agent.__file__).read_bytes()
-        text = b"%d\n%b%b\n" % (len(source), source, json.dumps(request).encode())
-        command = [*self._client("ssh", "-T", "-p", "-l"), "--", self.address.host]
-        command.append(shlex.join([self._python, "-c", _BOOT]))
-        with tempfile.TemporaryFile() as errors:
-            running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
-            assert running.stdin is not None and running.stdout is not None
-            try:
-                with suppress(BrokenPipeError):  # what it writes on stderr says more
-                    running.stdin.write(text)
-                    running.stdin.flush()
-                # Its stdin stays open: the agent takes its end for that of the connection.
-                for message in _messages(running.stdout, self.name):
-                    if "progress" in message:
-                        progress(_plain(message["progress"]))
-                    elif "error" in message:
-                        raise InputError(f"{self.name}: {_plain(message['error'], lines=True)}")
-                    elif "result" in message:
-                        return message["result"]
-            finally:
-                with suppress(BrokenPipeError):
-                    running.stdin.close()
-                running.stdout.close()
-                try:
-                    code = running.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    running.kill()
-                    code = running.wait()
-            errors.seek(0)
-            raise InputError(self._lost(code, errors.read(1 << 16).decode("utf-8", "replace")))
+    def _command(self, there: str) -> list[str]:
+        return [*self._client("ssh", "-T", "-p", "-l"), "--", self.address.host, there]
 
     def copy(self, files: Mapping[str, Path], there: Mapping[str, int], folder: str, *, rsync: bool) -> None:
-        """Copy files to `folder` there, under the digests that they are given by. `there`: bytes that are there already of each.
-
-        Raises `InputError` if the copy fails; what has arrived stays, for the next try.
-        """
         with tempfile.TemporaryDirectory(prefix="edgewise-") as staging:
             for digest, path in files.items():
                 Path(staging, digest).symlink_to(path.resolve())
@@ -114,7 +68,7 @@ class Ssh:
         if done.returncode != 0:
             said = done.stderr.strip() or done.stdout.strip()
             raise InputError(
-                f"{self.name}: the files were not copied whole: {_plain(said, lines=True) or 'the connection was lost'}\n"
+                f"{self.name}: the files were not copied whole: {plain(said, lines=True) or 'the connection was lost'}\n"
                 f"is there room on the device? the same command goes on from where it stopped"
             )
 
@@ -134,7 +88,7 @@ class Ssh:
         return command
 
     def _lost(self, code: int, errors: str) -> str:
-        said = _plain(errors.strip(), lines=True)
+        said = plain(errors.strip(), lines=True)
         if "Host key verification failed" in errors or "host key is known" in errors:
             return (
                 f"{self.name}: its host key is not known, or is another than it was; connect once with ssh and compare "
@@ -142,29 +96,6 @@ class Ssh:
             )
         if "Permission denied" in errors:
             return f"{self.name} does not let us in; edgewise asks for no password: give ssh a key ({said})"
-        if code == 127:
-            return f"{self.name} has no {self._python}: install Python 3.10 or newer there, or give --remote-python ({said})"
         if code == 255 or not said:
-            return (
-                f"the connection to {self.name} was lost ({said or f'ssh ended with {code}'}); nothing was written here"
-            )
+            return self._cut(code, said, "ssh")
         return f"{self.name}: the benchmark ended with {code}: {said}"
-
-
-def _messages(stream: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
-    """The lines of JSON that a device says. It may say anything: what is none is passed over, as a greeting of its shell."""
-    while line := stream.readline(_LONGEST_LINE):
-        if len(line) >= _LONGEST_LINE:
-            raise InputError(f"{name} says more than a benchmark has to say")
-        try:
-            message = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(message, dict):
-            yield message
-
-
-def _plain(text: object, *, lines: bool = False) -> str:
-    """What a device says, as text that does nothing to a terminal."""
-    kept = "".join(c for c in str(text) if c.isprintable() or (lines and c == "\n"))
-    return kept if len(kept) <= _LONGEST_TEXT else kept[-_LONGEST_TEXT:]

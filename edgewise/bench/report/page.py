@@ -5,11 +5,12 @@ It needs nothing from elsewhere and runs nothing: no scripts, and a policy that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from edgewise.bench.record import Comparison, Interval, Latency, Measurement, Record
 from edgewise.bench.report import svg
+from edgewise.bench.report.tradeoff import tradeoff
 from edgewise.verify.ladder import Rung
 from edgewise.verify.metrics import worst
 
@@ -41,21 +42,18 @@ ul.notes{padding-left:1.1rem;overflow-wrap:anywhere}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def page(documents: Sequence[Record | Comparison]) -> str:
-    """The page of these records and comparisons, as HTML."""
+def page(documents: Sequence[Record | Comparison], scores: Mapping[str, float] | None = None) -> str:
+    """The page of these records and comparisons, as HTML. `scores`: accuracy on labelled data, by the digest of the artifact."""
     entries = [entry for document in documents for entry in _entries(document)]
     records = [record for _, record in entries]
     names = _names(entries)
-    measured = [
-        (name, one)
-        for (_, record), group in zip(entries, names, strict=True)
-        for name, one in zip(group, record.measurements, strict=True)
-    ]
+    named = [list(zip(group, record.measurements, strict=True)) for record, group in zip(records, names, strict=True)]
+    measured = [one for group in named for one in group]
     models = list(dict.fromkeys(record.model for record in records))
     body = [f"<h1>{escape(', '.join(models))}</h1>", _sub(records), *_cards(measured), *_ratios(documents)]
     body += [
         *_latency(measured),
-        *_pareto(measured),
+        *tradeoff(named, records, scores or {}),
         *_tokens(names, records),
         *_stages(measured),
         *_placement(measured),
@@ -156,23 +154,6 @@ def _latency(measured: Sequence[tuple[str, Measurement]]) -> Iterable[str]:
     yield "<h2>Latency</h2><div class=plots>"
     yield f"<div><h3>Distribution</h3>{svg.distributions(series, 'ms')}</div>"
     yield f"<div><h3>In the order of measuring</h3>{svg.over_time(series, 'ms')}</div></div>"
-
-
-def _pareto(measured: Sequence[tuple[str, Measurement]]) -> Iterable[str]:
-    points = []
-    for name, one in measured:
-        quality = _quality(one.quality)
-        if one.latency is not None and quality is not None:
-            points.append(svg.Point(name, one.latency.p50_ms, quality, one.artifact_bytes))
-    if not points:
-        return
-    yield "<h2>Accuracy, latency and size</h2><div class=plots><div>"
-    yield svg.pareto(points, "median latency, ms", "cosine with the uncompressed model")
-    yield "</div></div><p class=sub>The area of a mark is the size on disk; the line joins what no other beats.</p>"
-
-
-def _quality(rung: Rung | None) -> float | None:
-    return None if rung is None or not rung.outputs else worst(rung.outputs.values()).cosine
 
 
 def _tokens(names: Sequence[Sequence[str]], records: Sequence[Record]) -> Iterable[str]:

@@ -43,6 +43,8 @@ class CoreAISession(Session):
     program's own loop, too.
     """
 
+    no_placement = "Apple's runtime tells no unit of its operations"
+
     def __init__(self, files: Sequence[Path], *, threads: int | None = None) -> None:
         from coreai.authoring import AIModelAsset
 

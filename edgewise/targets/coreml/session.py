@@ -28,6 +28,7 @@ from edgewise.targets.coreml.interpreter import (
 )
 from edgewise.targets.coreml.interpreter.values import held
 from edgewise.targets.coreml.package import Package
+from edgewise.targets.coreml.plan import NoPlan, placement
 from edgewise.targets.coreml.ports import METADATA_KEY, Port, key_of, parse
 
 
@@ -264,7 +265,12 @@ class CoreMLSession(Session):
         self._session.reset()
 
     def placement(self) -> dict[str, int] | None:
-        return self._session.placement()
+        """By Core ML's own plan, on a Mac; the interpreter is no unit of it."""
+        try:
+            return placement(self._session.package.path, self._session.function)
+        except NoPlan as reason:
+            self.no_placement = str(reason)
+            return None
 
     def close(self) -> None:
         self._session.close()

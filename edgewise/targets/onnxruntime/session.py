@@ -65,7 +65,7 @@ class OnnxRuntimeSession(Session):
     def placement(self) -> dict[str, int] | None:
         """Nodes by execution provider, as the graph was divided among them. Older versions do not tell."""
         tell = getattr(self._session, "get_provider_graph_assignment_info", None)
-        if tell is None:
+        if tell is None or self.stand_in is not None:  # its units are not those of what it stands in for
             return None
         units: dict[str, int] = {}
         for part in tell():

@@ -133,6 +133,7 @@ class TensorRT(Target):
         super().check(runtime_only=True)
         session = self._on_the_cpu(files, threads)
         session.stand_in = f"ONNX Runtime on the CPU in the place of TensorRT ({why})"
+        session.no_placement = "TensorRT did not run, and only it tells its layers"
         return session
 
     def rehearse(self, files: Sequence[Path]) -> Session:
