@@ -126,6 +126,17 @@ def test_what_coremltools_misreads_is_rewritten(what: str, tmp_path: Path, monke
         assert error > 1e-4  # coremltools says nothing
 
 
+def test_a_product_and_a_sum_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """coremltools makes a batch norm of them, whose epsilon changes the product."""
+    from edgewise.targets.coreml import convert
+
+    scale, bias = torch.rand(2, 3, 1, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+    one = case(Written(lambda x: x * scale + bias), 100 * torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(1)))
+    assert worst(one, outputs_of(one, tmp_path)) <= 1e-6
+    monkeypatch.setattr(convert, "_TO_BATCH_NORM", "common::merge_tensorwise_affine_dequantize_with_consecutive_ops")
+    assert worst(one, outputs_of(one, tmp_path)) > 3e-6
+
+
 def test_gelu_stays_one_op(tmp_path: Path) -> None:
     from edgewise.targets.coreml.package import Package
 

@@ -73,6 +73,8 @@ def _check(entry: Entry) -> None:
         target = targets.get(name)
         if entry.recipe.compress_variants:
             target = target.for_functions()
+        if entry.recipe.image_input:
+            target = target.for_images({})
         if entry.recipe.devices and target.ahead_of_time:
             target = target.for_devices(entry.recipe.devices)
         target.check_precision(entry.recipe.precision)

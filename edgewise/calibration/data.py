@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgewise import demos
+from edgewise.calibration.pixels import as_pixels
 from edgewise.errors import InputError, unknown
 
 MOST_ITEMS = 1024
@@ -174,7 +175,7 @@ def open_source(
     if isinstance(src, (str, os.PathLike)):
         name, path = str(src), Path(src)
         if name.startswith("demo:"):
-            return _checked(_demo(name), ports)
+            return _checked(_demo(name, preprocessing), ports)
         if path.suffix.lower() in (".npz", ".safetensors") and not path.is_dir():
             return _checked(_split(name, arrays_of(path)), ports)
         from edgewise.calibration.files import open_files
@@ -190,14 +191,14 @@ def open_source(
     return Items("the data", items, ports)
 
 
-def _demo(name: str) -> Arrays:
+def _demo(name: str, preprocessing: Mapping[str, Any] | None) -> Arrays:
     short = name.removeprefix("demo:")
     if short not in demos.names():
         raise unknown("demo data", short, demos.names())
     split = demos.split(short)
     if split is None:
         raise InputError(f"{name} has images and questions, and no arrays: see edgewise.demos.scenes.examples")
-    return Arrays(name, dict(split.inputs), split.labels)
+    return Arrays(name, as_pixels(split.inputs, preprocessing, name), split.labels)
 
 
 def arrays_of(path: Path) -> dict[str, np.ndarray]:

@@ -34,6 +34,10 @@ def export(
     precision: Annotated[
         str | None, typer.Option("--precision", metavar="P", help="fp32, fp16, or another of `edgewise targets`. Default: fp32.")
     ] = None,
+    image_input: Annotated[
+        bool | None,
+        typer.Option("--image-input", help="Let the artifact take an image, with its processor's constants folded in: coreml."),
+    ] = None,
     device: Annotated[
         list[str] | None,
         typer.Option("--device", metavar="DEVICE", help="Build for this device ahead of time: sm86, sm89, sm120, ... Repeatable."),
@@ -99,6 +103,7 @@ def export(
             compress=compress or defaults.compress,
             compress_variants=compress_variant or defaults.compress_variants,
             precision=precision or defaults.precision,
+            image_input=defaults.image_input if image_input is None else image_input,
             calibration=calib or defaults.calibration,
             calibration_samples=calib_samples or defaults.calibration_samples,
             skip_quant=skip_quant or defaults.skip_quant,

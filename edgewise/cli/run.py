@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from edgewise.bundle.manifest import Component
+from edgewise.bundle.reader import read_manifest
+from edgewise.calibration.pixels import is_of_images
 from edgewise.cli import options
 from edgewise.cli.files import whole
 from edgewise.cli.screen import Result, Screen, number, row, table
@@ -31,7 +35,7 @@ def run(
         typer.Option("--inputs", "-i", metavar="SRC", help="An .npz or .safetensors file, or demo:NAME[index]."),
     ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option("--image", metavar="FILE", help="An image, for a model that answers questions about one.")
+        list[Path] | None, typer.Option("--image", metavar="FILE", help="An image: for an artifact of one, or with --prompt.")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The question. The model's template goes around it.")
@@ -74,7 +78,10 @@ def run(
     given: dict[str, Any] = {name: value for name, value in words.items() if value is not None}
     if image:
         given["image"] = image[0] if len(image) == 1 else image
-    if given:
+    picture = image[0] if image and len(image) == 1 and len(given) == 1 and _of_one_graph(bundle) else None
+    if picture is not None and inputs is not None:
+        raise InputError("--inputs and --image both say what to run: give one of them")
+    if given and picture is None:
         if inputs is not None or out is not None or role is not None or function is not None:
             raise InputError(
                 "--inputs, --role, --function and -o are for one artifact, --image, --prompt and --audio for the whole model: give "
@@ -85,9 +92,10 @@ def run(
 
         sampling = Sampling(temperature, top_k, top_p, seed)
         return generate(screen, Bundle.open(bundle), given, max_new_tokens, sampling, target, threads)
-    if inputs is None:
+    if inputs is None and picture is None:
         raise InputError(
-            "give --inputs SRC to run one artifact, or --image FILE --prompt TEXT, or --audio FILE, for a generative model"
+            "give --inputs SRC or --image FILE to run one artifact, or --image FILE --prompt TEXT, or --audio FILE, for a "
+            "generative model"
         )
     if out is not None and out.suffix != ".npz":
         raise InputError(f"-o {out}: outputs are written as .npz")
@@ -95,13 +103,20 @@ def run(
         raise InputError("--role and --function say which artifact to run: give one of them")
     if bundle.suffix == _PACKAGE:
         session, role = _package(bundle, target, function or role, threads)
+        if inputs is None:
+            raise InputError(f"{bundle} is a package, which does not say how an image is resized: give --inputs")
         feeds = load_data(inputs).inputs
     else:
         opened = Bundle.open(bundle)
         if function is not None:
             role = choose(opened, [target] if target else None, function)[0].role
         role = role or opened.manifest.components[0].role
-        feeds = load_feeds(inputs, opened.manifest.component(role))
+        component, known = opened.manifest.component(role), opened.manifest.preprocessing
+        if picture is not None:
+            feeds = _pictured(picture, component, known)
+        else:
+            assert inputs is not None
+            feeds = load_feeds(inputs, component, known)
         session = load_session(opened, target, role, threads=threads)
     with session:
         outputs = session.run(feeds)
@@ -123,6 +138,24 @@ def run(
         _write(out, outputs)
         screen.say(f"wrote {out}")
     return Result({"bundle": str(bundle), "role": role, "outputs": found, "out": str(out) if out else None})
+
+
+def _of_one_graph(bundle: Path) -> bool:
+    """Whether this runs an artifact, and generates nothing."""
+    return bundle.suffix == _PACKAGE or read_manifest(bundle).pipeline is None
+
+
+def _pictured(path: Path, component: Component, preprocessing: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """An image file as the only input of a component."""
+    if len(component.inputs) != 1:
+        names = ", ".join(one.name for one in component.inputs)
+        raise InputError(f"{component.role} takes {names}, which are more than an image: give --inputs")
+    from edgewise.runtime.images import load_pixels
+
+    if not is_of_images(preprocessing):
+        raise InputError("the bundle does not say what the model's processor does to images: give --inputs")
+    (info,) = component.inputs
+    return {info.name: load_pixels(path, info.shape, preprocessing)}
 
 
 def _package(path: Path, target: str | None, function: str | None, threads: int | None) -> tuple[Session, str]:

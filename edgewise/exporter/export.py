@@ -23,6 +23,7 @@ from edgewise.bundle.manifest import Site as ManifestSite
 from edgewise.bundle.reader import Bundle
 from edgewise.bundle.writer import write_bundle
 from edgewise.calibration.control import parse_drop
+from edgewise.calibration.pixels import Pixels
 from edgewise.calibration.samples import DEFAULT_SAMPLES
 from edgewise.errors import CheckFailed, InputError
 from edgewise.exporter.cache import Cache
@@ -31,6 +32,7 @@ from edgewise.exporter.choices import choices_of
 from edgewise.exporter.digest import Weights, artifact_key
 from edgewise.exporter.half import rounded
 from edgewise.exporter.identity import code_digest
+from edgewise.exporter.image_input import eager_inputs, take_pixels
 from edgewise.exporter.quantise import Data, Wish, gather, quantise
 from edgewise.exporter.quantise import check as check_wish
 from edgewise.exporter.recipe import Recipe
@@ -88,6 +90,7 @@ class Job:
     notes: tuple[str, ...] = ()
     wish: Wish = field(default_factory=Wish)
     leaders: dict[str, Quantiser] = field(default_factory=dict)
+    pixels: Pixels | None = None
     done: int = 0
 
     def step(self, text: str) -> None:
@@ -134,6 +137,7 @@ def export(
     compress: str | Sequence[str] | None = None,
     compress_variants: str | Sequence[str] = (),
     precision: str = "fp32",
+    image_input: bool = False,
     calibration: Any = None,
     calibration_samples: int = DEFAULT_SAMPLES,
     skip_quant: Sequence[str] = (),
@@ -159,6 +163,7 @@ def export(
         compress_variants: other compressions, each as `"[NAME=]SPEC [+ SPEC]"` or `"none"`, which become further functions of the
             same artifacts and share their weights; see `edgewise.exporter.variants`.
         precision: one that every target has: `fp32`, `fp16` (weights stored in half precision), `w8a8`, `w8a16`, `w4a16`.
+        image_input: the artifacts take an image, pixels from 0 to 255, and do to it what the processor does after it resized.
         calibration: data for precisions that need some, see `edgewise.calibration.open_source`. Default: a demo's own.
         calibration_samples: the most samples that statistics are gathered of.
         skip_quant: patterns (`*.fc2`) of the names of layers that stay in floating point.
@@ -180,6 +185,8 @@ def export(
     chosen = _targets(targets, precision, devices)
     if others:
         chosen = [target.for_functions() for target in chosen]
+    if image_input:
+        chosen = [target.for_images({}) for target in chosen]
     if batch < 1:
         raise InputError(f"batch={batch}: the first dimension of the inputs is 1 or more")
     for name, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
@@ -206,6 +213,7 @@ def export(
         model=source.name,
         compress=specs,
         compress_variants=others,
+        image_input=image_input,
         targets=tuple(t.name for t in chosen),
         precision=precision,
         devices=tuple(devices),
@@ -268,6 +276,9 @@ def _whole(job: Job, folder: Path) -> Manifest:
                     f"{job.source.class_name} becomes several components, whose caches are of one compression: leave the variants "
                     "out, and export a bundle for each"
                 )
+            if job.recipe.image_input:
+                name = job.source.class_name
+                raise InputError(f"{name} becomes several components, whose inputs are arrays: leave --image-input out")
             if job.wish.data is not None or job.wish.skip:
                 raise InputError(
                     f"{job.source.class_name} becomes several components, which are not calibrated or quantised in part yet: give "
@@ -311,6 +322,9 @@ def captured(job: Job) -> Program:
         program = capture(source.module, source.args, source.kwargs)
     if source.role is not None:
         program = program.with_role(source.role, source.tokens, order=source.order)
+    if job.recipe.image_input:
+        program, job.pixels = take_pixels(program, source, job.recipe.seed)
+        job.chosen = [target.for_images({job.pixels.name: job.pixels.colour}) for target in job.chosen]
     return program
 
 
@@ -419,7 +433,7 @@ def _verify(
     """
     base, wanted, decisions, runner = ran.base, ran.compressed, ran.decisions, ran.runner
     if job.source.module is not None:
-        eager = _eager(job.source, samples, program)
+        eager = _eager(job, samples, program)
         job.judge("captured", "eager model", "capture", eager, base, threshold=CAPTURE_THRESHOLD)
     if program.steps:
         _judge_compression(job, base, wanted)
@@ -605,6 +619,7 @@ def _lower(
             "precision": precision,
             "devices": target.devices,
             "functions": target.functions,
+            "images": target.images,
             "inputs": names,
             "outputs": program.output_names,
             "stem": program.role,
@@ -618,6 +633,7 @@ def _samples(job: Job, program: Program, attempt: int = 0) -> list[dict[str, Ten
 
     A program that is told how many tokens are real is verified with padding, too."""
     captured = {k: v for k, v in program.inputs.items() if k not in program.added}
+    image = job.pixels.name if job.pixels is not None else None
     generator = torch.Generator().manual_seed(job.recipe.seed + attempt)
     real, size = job.source.samples, next(iter(captured.values())).shape[0]
     if real and set(real) == set(captured):
@@ -628,6 +644,7 @@ def _samples(job: Job, program: Program, attempt: int = 0) -> list[dict[str, Ten
         samples = samples if attempt else [captured, *samples[1:]]
     else:
         samples = [{k: _noise(v, generator) for k, v in captured.items()} if attempt else captured]
+        samples = [{k: v.round().clamp(0, 255) if k == image else v for k, v in one.items()} for one in samples]
         if any(not program.inputs[k].is_floating_point() for k in program.added):
             samples.append(samples[0])
     added = [{k: program.inputs[k] for k in program.added}]
@@ -651,8 +668,9 @@ def _fewer(count: Tensor, generator: torch.Generator) -> Tensor:
     return (count * (0.5 + 0.5 * torch.rand(count.shape, generator=generator))).to(count.dtype)
 
 
-def _eager(source: Source, samples: list[dict[str, Tensor]], program: Program) -> Outputs:
+def _eager(job: Job, samples: list[dict[str, Tensor]], program: Program) -> Outputs:
     """The model itself on the samples. On the example inputs it ran when it was captured."""
+    source = job.source
     assert source.module is not None
     flat, spec = pytree.tree_flatten((tuple(source.args), dict(source.kwargs)))
     where = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
@@ -664,7 +682,7 @@ def _eager(source: Source, samples: list[dict[str, Tensor]], program: Program) -
                 results.append({k: as_array(v) for k, v in program.expected.items()})
                 continue
             leaves = list(flat)
-            for i, value in zip(where, inputs.values(), strict=True):
+            for i, value in zip(where, eager_inputs(inputs, job.pixels).values(), strict=True):
                 leaves[i] = value
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             outputs = pytree.tree_leaves(source.module(*args, **kwargs))
@@ -688,6 +706,12 @@ def _stack(runner: Runner, samples: list[dict[str, Tensor]]) -> tuple[Outputs, d
         {k: np.stack([r[k] for r in results]) for k in results[0]},
         {k: np.stack([d[k] for d in decisions]) for k in decisions[0]},
     )
+
+
+def _meaning(name: str, program: Program, pixels: Pixels | None) -> str:
+    if pixels is not None and name == pixels.name:
+        return f"an image, {pixels.colour}, 0 to 255"
+    return _MEANINGS.get(name.rstrip("_0123456789"), "") if name in program.added else ""
 
 
 def _manifest(
@@ -724,7 +748,7 @@ def _manifest(
                         name=k,
                         shape=tuple(v.shape),
                         dtype=str(v.dtype).removeprefix("torch."),
-                        meaning=_MEANINGS.get(k.rstrip("_0123456789"), "") if k in program.added else "",
+                        meaning=_meaning(k, program, job.pixels),
                     )
                     for k, v in program.inputs.items()
                 ),

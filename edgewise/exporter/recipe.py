@@ -22,7 +22,7 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_several)]
 
 class Recipe(Strict):
     """What is asked of an export: one bundle. `compress_variants` are other compressions, which become further functions of its
-    artifacts; `input_shapes` by input name; `devices` that artifacts are built for ahead of time;
+    artifacts; `image_input`: they take images; `input_shapes` by input name; `devices` that artifacts are built for ahead of time;
     `prompt_tokens`, `new_tokens` of a generative model (None: the default); `calibration` (data by name),
     `calibration_samples`, `skip_quant` (patterns of layers) and `max_drop` of the quantisation.
 
@@ -34,6 +34,7 @@ class Recipe(Strict):
     compress_variants: Words = ()
     targets: Annotated[Words, Field(min_length=1)]
     precision: str = "fp32"
+    image_input: bool = False
     devices: Words = ()
     input_shapes: dict[str, tuple[int, ...]] = {}
     batch: Annotated[int, Field(ge=1)] = 1

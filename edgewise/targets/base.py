@@ -243,6 +243,8 @@ class Target(ABC):
     """Whether it can build for a device that is not there (`for_devices`)."""
     devices: tuple[str, ...] = ()
     """What it also builds for."""
+    images: Mapping[str, str] = {}
+    """Inputs of what it lowers that take images, and their colours (`for_images`)."""
     functions: bool = False
     """Whether what it lowers will be one of several functions of an artifact (`for_functions`)."""
 
@@ -285,6 +287,11 @@ class Target(ABC):
         raise InputError(
             f"target {self.name} has no artifacts of several functions: export a bundle for each compression; coreml has them"
         )
+
+    def for_images(self, images: Mapping[str, str]) -> Target:
+        """The target whose artifacts take images (`RGB` or `grayscale`, pixels from 0 to 255) as these inputs. Raises `InputError`
+        where artifacts take arrays alone, as here."""
+        raise InputError(f"target {self.name} takes arrays, and no images: leave --image-input out, or take target coreml")
 
     def join(self, parts: Mapping[str, Sequence[Path]], folder: Path, stem: str) -> list[Path]:
         """Write artifacts, by the name that each gets as a function, to one that holds equal weights once, the first the default;

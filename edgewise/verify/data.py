@@ -4,7 +4,7 @@ shape."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from edgewise import demos
 from edgewise.bundle import Bundle, Component
 from edgewise.calibration import Port, Samples, metric, open_source, survey
 from edgewise.calibration.data import arrays_of
+from edgewise.calibration.pixels import as_pixels
 from edgewise.calibration.samples import spread
 from edgewise.errors import InputError, unknown
 from edgewise.targets import Session, choose, load, runnable
@@ -46,9 +47,9 @@ def load_data(src: str) -> Data:
     return Data(src, arrays_of(path), None)
 
 
-def load_feeds(src: str, component: Component) -> dict[str, np.ndarray]:
+def load_feeds(src: str, component: Component, preprocessing: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
     """Inputs for one run: the arrays of a file, or the samples of `demo:NAME[index]` from `index` on, as many as the
-    batch holds. Raises InputError."""
+    batch holds, in pixels where the `preprocessing` of the bundle says so. Raises InputError."""
     match = re.fullmatch(r"(demo:[^\[\]]*)\[(\d+)\]", src)
     if not src.startswith("demo:"):
         return load_data(src).inputs
@@ -59,7 +60,7 @@ def load_feeds(src: str, component: Component) -> dict[str, np.ndarray]:
     assert data.labels is not None
     if index >= len(data.labels):
         raise InputError(f"{src}: the index goes from 0 to {len(data.labels) - 1}")
-    return _batch(data, component, index)
+    return as_pixels(_batch(data, component, index), preprocessing, src)
 
 
 Counter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]

@@ -60,11 +60,16 @@ class CoreML(Target):
 
         self.check()
         self.check_precision(precision)
-        return lower(exported, folder, stem, precision, input_names, output_names, functions=self.functions)
+        return lower(exported, folder, stem, precision, input_names, output_names, functions=self.functions, images=self.images)
 
     def for_functions(self) -> Target:
         made = copy.copy(self)
         made.functions = True
+        return made
+
+    def for_images(self, images: Mapping[str, str]) -> Target:
+        made = copy.copy(self)
+        made.images = dict(images)
         return made
 
     def join(self, parts: Mapping[str, Sequence[Path]], folder: Path, stem: str) -> list[Path]:

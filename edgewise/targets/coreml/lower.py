@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +31,10 @@ def lower(
     output_names: Sequence[str],
     *,
     functions: bool = False,
+    images: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write `stem.mlpackage`; see `Target.lower`. The main file is the package's `Manifest.json`. `functions`: it will be one of
-    several functions of a package."""
+    several functions of a package; `images`: inputs that take images, and their colours."""
     from edgewise.passes.layers import layers
     from edgewise.targets.coreml.convert import quiet, reads, to_mil, to_model
     from edgewise.targets.coreml.legal import legal
@@ -48,7 +49,7 @@ def lower(
             deployment = STATES
             _check_states(prepared)
         program = legal(prepared, reads, half)
-        inputs, outputs = ports(program, input_names, output_names, half=half)
+        inputs, outputs = ports(program, input_names, output_names, half=half, images=images)
         model = to_model(to_mil(program, inputs, outputs, deployment), deployment, half)
         if precision in _BITS:
             model = quantised(model, _BITS[precision])

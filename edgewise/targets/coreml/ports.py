@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -27,13 +27,15 @@ def key_of(function: str) -> str:
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output: its name, shape and type (a numpy name) in the program, and its name and type in the package."""
+    """One input or output: its name, shape and type (a numpy name) in the program, and its name and type in the package. `image`:
+    the colours of an image, whose pixels it holds as whole numbers from 0 to 255."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     feature: str
     stored: str
+    image: str = ""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -42,22 +44,28 @@ class Port:
 
 
 def ports(
-    exported: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str], *, half: bool
+    exported: ExportedProgram,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    *,
+    half: bool,
+    images: Mapping[str, str] | None = None,
 ) -> tuple[list[Port], list[Port]]:
-    """The ports of a program under these names. `half`: floating-point ports are fp16 in the package, and else fp32."""
+    """The ports of a program under these names. `half`: floating-point ports are fp16 in the package, and else fp32; `images`
+    are inputs that take images, with their colours, and always fp32."""
     nodes = {node.name: node for node in exported.graph.nodes}
     signature = exported.graph_signature
     taken: set[str] = set()
     features: dict[str, str] = {}
 
     def port(node_name: str, name: str, kind: str) -> Port:
-        value = nodes[node_name].meta["val"]
+        value, image = nodes[node_name].meta["val"], (images or {}).get(name, "") if kind == "input" else ""
         dtype = str(value.dtype).removeprefix("torch.")
-        stored = "int32" if not value.is_floating_point() else "float16" if half else "float32"
+        stored = "int32" if not value.is_floating_point() else "float16" if half and not image else "float32"
         # What is given twice is one feature, as Core ML has no two names for a value.
         feature = features.setdefault(f"{kind} {node_name}", "") or _feature(name, taken)
         features[f"{kind} {node_name}"] = feature
-        return Port(name, tuple(int(n) for n in value.shape), dtype, feature, stored)
+        return Port(name, tuple(int(n) for n in value.shape), dtype, feature, stored, image)
 
     return (
         [port(str(n), name, "input") for n, name in zip(signature.user_inputs, input_names, strict=True)],

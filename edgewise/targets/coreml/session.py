@@ -284,6 +284,8 @@ def _fed(array: np.ndarray, port: Port) -> np.ndarray:
     """An input as the package stores it. Raises `InputError` if a whole number does not fit."""
     with np.errstate(over="ignore"):
         stored = array.astype(port.stored).reshape(port.stored_shape)
+    if port.image and not (np.array_equal(array, np.rint(array)) and array.min() >= 0 and array.max() <= 255):
+        raise InputError(f"input '{port.name}' is an image, of pixels that are whole numbers from 0 to 255, and these are not")
     if array.dtype.kind in "iu" and not np.array_equal(stored.reshape(array.shape), array):
         raise InputError(f"input '{port.name}' has numbers beyond the range of {port.stored}, which the package holds")
     return stored

@@ -17,6 +17,7 @@ from edgewise.targets.coreml.ports import METADATA_KEY, Port, dump
 LAYERS_KEY = "edgewise.layers"
 """Where a package that is to be quantised keeps the names of its layers, by the names of their weights."""
 
+_COLOUR_SPACES = {"grayscale": 10, "RGB": 20}
 _DATA = "com.apple.CoreML"
 _MODEL = "model.mlmodel"
 _WEIGHTS = "weights"
@@ -27,6 +28,11 @@ def write_package(
 ) -> list[Path]:
     """Write coremltools' model to the folder `package`; gives its files, the manifest first. `layers`: see `LAYERS_KEY`."""
     spec = model.get_spec()
+    for feature in spec.description.input:
+        port = next((one for one in inputs if one.feature == feature.name and one.image), None)
+        if port is not None:
+            feature.type.imageType.width, feature.type.imageType.height = port.shape[-1], port.shape[-2]
+            feature.type.imageType.colorSpace = _COLOUR_SPACES[port.image]
     metadata = spec.description.metadata.userDefined
     for key in list(metadata):
         if key.startswith("com.github.apple.coremltools"):
