@@ -137,6 +137,35 @@ def test_a_product_and_a_sum_stay_what_they_are(tmp_path: Path, monkeypatch: pyt
     assert worst(one, outputs_of(one, tmp_path)) > 3e-6
 
 
+ATTENTIONS: dict[str, Callable[..., Any]] = {
+    "plain": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v),
+    "the usual scale": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, scale=0.5),
+    "another scale": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, scale=1.0),
+    "causal": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    "numbers added": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m, scale=0.9),
+    "truths": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m > m.amin(-1, True)),
+    "shared heads": lambda q, k, v, m: F.scaled_dot_product_attention(q, k[:, ::2], v[:, ::2], enable_gqa=True, scale=2.0),
+    "no heads": lambda q, k, v, m: F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], scale=1.0),
+}
+
+
+@pytest.mark.parametrize("form", ATTENTIONS)
+def test_attention_is_one_op_by_choice(form: str, tmp_path: Path) -> None:
+    """From iOS 18 on, whatever its scale and mask; before, it is taken apart."""
+    generator = torch.Generator().manual_seed(3)
+    given = [torch.randn(2, 4, 5, 4, generator=generator) for _ in range(3)]
+    one = case(Written(ATTENTIONS[form]), *given, torch.randn(2, 1, 5, 5, generator=generator))
+    assert worst(one, outputs_of(one, tmp_path, "fp32", "coreml-ios18")) <= 1e-5
+    chosen = targets.get("coreml-ios18").ops([tmp_path / "m.mlpackage" / "Manifest.json"])
+    assert chosen is not None
+    assert chosen["scaled_dot_product_attention"] == 1 and "softmax" not in chosen
+    if form == "another scale":
+        assert worst(one, outputs_of(one, tmp_path, "fp16", "coreml-ios18")) <= 5e-3
+    assert worst(one, outputs_of(one, tmp_path)) <= 1e-5
+    usual = targets.get("coreml").ops([tmp_path / "m.mlpackage" / "Manifest.json"])
+    assert usual is not None and "scaled_dot_product_attention" not in usual
+
+
 def test_gelu_stays_one_op(tmp_path: Path) -> None:
     from edgewise.targets.coreml.package import Package
 
@@ -317,4 +346,96 @@ def test_lint_names_what_fails_and_what_leaves_the_neural_engine() -> None:
     assert "has no rule" in lines[0] and "6 dimensions" in lines[1] and "test_targets_coreml.py" in lines[1]
     assert [line.startswith("slow: ") for line in lines] == [False, False, True, True]
     assert "Neural Engine" in lines[2] and "issue 1103" in lines[2] and "issue 66" in lines[3]
-    assert targets.get("coreml").lint(program("block").exported) == []
+
+
+class Keeps(nn.Module):
+    """Writes to a cache of any width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(32, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache.copy_(self.cache * 0.5 + x)
+        return self.cache + 1
+
+
+RISKS: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
+    "gather": (Written(lambda x: x.gather(1, torch.zeros(8, 2, dtype=torch.int64))), (torch.randn(8, 6),), "issue 1103"),
+    "embedding": (nn.Embedding(9, 4), (torch.arange(3),), "issue 1103"),
+    "index": (Written(lambda x, i: x[i]), (torch.randn(8, 6), torch.arange(3)), "issue 1103"),
+    "topk": (Written(lambda x: x.topk(2)[0]), (torch.randn(8, 6),), "coreai-torch issue 66"),
+    "sort": (Written(lambda x: x.sort()[0]), (torch.randn(8, 6),), "coreai-torch issue 66"),
+    "scatter": (Written(lambda x, i: x.scatter_add(1, i, x)), (torch.ones(2, 3), torch.zeros(2, 3).long()), "only seen on the CPU"),
+    "cumsum": (Written(lambda x: x.cumsum(-1)), (torch.randn(8, 6),), "sums of all before"),
+    "triangle": (Written(lambda x: x.tril()), (torch.randn(8, 6),), "triangles"),
+    "where": (Written(lambda x: torch.where(x > 0, x, -x)), (torch.randn(8, 6),), "choices and logic"),
+    "masked_fill": (Written(lambda x: x.masked_fill(x > 0, 2.0)), (torch.randn(8, 6),), "choices and logic"),
+    "logic": (Written(lambda x: (x > 0) & (x < 1)), (torch.randn(8, 6),), "choices and logic"),
+    "random": (Written(lambda x: x + torch.rand_like(x)), (torch.randn(8, 6),), "random numbers"),
+    "state": (Keeps(64), (torch.randn(32, 64),), "issue 2553"),
+    "uneven state": (Keeps(40), (torch.randn(32, 40),), "issue 2631"),
+}
+"""A program for each rule, and what the rule's line says."""
+
+
+@pytest.mark.parametrize("what", RISKS)
+def test_each_rule_of_lint_fires_alone(what: str) -> None:
+    module, given, words = RISKS[what]
+    lines = targets.get("coreml").lint(torch.export.export(module, given, strict=False).run_decompositions({}))
+    assert len(lines) == 1 and lines[0].startswith("slow: "), lines
+    assert words in lines[0]
+
+
+def test_lint_is_silent_where_nothing_is_at_risk(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgewise.targets.coreml import lint as rules
+
+    for name in ("coreml", "coreml-ane", "coreml-ios18"):
+        assert targets.get(name).lint(program("block").exported) == []
+    monkeypatch.setattr(rules, "LARGEST", 10_000)
+    (line,) = targets.get("coreml").lint(program("block").exported)
+    assert "beyond 1 GB" in line
+    five = case(Written(lambda x: x.reshape(1, 2, 2, 2, -1) * 2), torch.randn(8, 6))
+    monkeypatch.undo()
+    assert targets.get("coreml").lint(five.exported) == []
+
+
+def test_lint_knows_what_compression_needs_and_what_the_layout_lacks() -> None:
+    """Sort-free compression is at no risk, topk is; attention written as products has no form in the layout."""
+    from tiny_encoder import Encoder
+
+    import edgewise
+    from edgewise.passes.legalise import Legalise
+
+    model = Encoder().eval()
+    compressed = edgewise.compress(edgewise.capture(model, (torch.randn(1, 3, 32, 32),)), "topk@encoder.block[1]:keep=6")
+    found = {}
+    for name in ("coreml", "coreml-topk"):
+        target = targets.get(name)
+        found[name] = target.lint(Legalise(target.realisations)(compressed.exported).program)
+    assert not any("topk" in line for line in found["coreml"])
+    assert any("issue 66" in line for line in found["coreml-topk"])
+    by_hand = case(Products(), torch.randn(1, 6, 8))
+    (line,) = targets.get("coreml-ane").lint(by_hand.exported)
+    assert line.startswith("slow: ") and "transposed between ops" in line and "test_targets_coreml.py" in line
+    (line,) = targets.get("coreml-ane").lint(case(nn.Conv2d(3, 3, 1), torch.randn(1, 3, 4, 4)).exported)
+    assert "no linear layer" in line and not line.startswith("slow: ")
+
+
+class Products(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last((y @ y.transpose(1, 2)).softmax(-1) @ y)
+
+
+def test_the_page_has_every_rule_of_lint() -> None:
+    from edgewise.targets.coreml import lint as rules
+
+    page = " ".join((Path(__file__).parents[1] / "docs/targets/coreml.md").read_text("utf-8").split())
+    for rule in rules.RULES:
+        assert rule.source in page, rule.source
+    assert "issue 2553" in page and "issue 2631" in page and "1 GB" in page

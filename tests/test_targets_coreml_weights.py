@@ -122,3 +122,13 @@ def test_only_of_layers_its_palettes_change_nothing_else(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(optimize, "linear_quantize_weights", both)
     assert sqnr(mixed(), lowered(mixed(), tmp_path, "w4a16")) > 18
+
+
+@pytest.mark.parametrize("kernel", [(3,), (3, 2)])
+def test_kernels_are_quantised_by_blocks_of_inputs(kernel: tuple[int, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = (nn.Conv1d, nn.Conv2d)[len(kernel) - 1](32, 40, kernel)
+    one = case(layer, torch.randn(1, 32, *(9 for _ in kernel)))
+    files = lowered(one, tmp_path, "w4a16")
+    assert "constexpr_blockwise_shift_scale" in [op.type for op in operations(files)]
+    assert sqnr(one, files) > 15

@@ -15,6 +15,8 @@ from edgewise.targets.base import Requirement, Session, Target, Tolerance
 _TARGETS = {
     "coreai": "edgewise.targets.coreai:CoreAI",
     "coreml": "edgewise.targets.coreml:CoreML",
+    "coreml-ane": "edgewise.targets.coreml:CoreMLLayout",
+    "coreml-ios18": "edgewise.targets.coreml:CoreMLFused",
     "coreml-topk": "edgewise.targets.coreml:CoreMLTopK",
     "onnxruntime": "edgewise.targets.onnxruntime:OnnxRuntime",
     "openvino": "edgewise.targets.openvino:OpenVino",

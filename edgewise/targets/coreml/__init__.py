@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from edgewise.targets.base import Feeds, Quantiser, Requirement, Session, Target, Tolerance
 
@@ -42,6 +42,10 @@ class CoreML(Target):
     quantises = ("w8a8",)
     quantises_from = "fp16"
     realisations = dict.fromkeys(_OPS, ("sort_free",))
+    oldest: ClassVar[str] = "iOS17"
+    """The oldest system that packages are for, where neither their precision nor their states ask for a later one."""
+    tokens_last: ClassVar[bool] = False
+    """Whether tokens are the last axis (see `layout`)."""
 
     def tolerance(self, precision: str) -> Tolerance:
         return Tolerance(*TOLERANCES[precision]) if precision in TOLERANCES else Tolerance()
@@ -60,7 +64,18 @@ class CoreML(Target):
 
         self.check()
         self.check_precision(precision)
-        return lower(exported, folder, stem, precision, input_names, output_names, functions=self.functions, images=self.images)
+        return lower(
+            exported,
+            folder,
+            stem,
+            precision,
+            input_names,
+            output_names,
+            functions=self.functions,
+            oldest=self.oldest,
+            images=self.images,
+            tokens_last=self.tokens_last,
+        )
 
     def for_functions(self) -> Target:
         made = copy.copy(self)
@@ -90,7 +105,7 @@ class CoreML(Target):
 
         self.check()
         with quiet():
-            return super().lint(exported) or lint(exported)
+            return super().lint(exported) or lint(exported, tokens_last=self.tokens_last, fused=self.oldest != "iOS17")
 
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
         return self.load_function(files, None, threads=threads)
@@ -115,3 +130,19 @@ class CoreMLTopK(CoreML):
     name = "coreml-topk"
     description = "Core ML package with topk and gather, for the CPU and GPU of Apple devices"
     realisations = dict.fromkeys(_OPS, ("topk", "sort_free"))
+
+
+class CoreMLLayout(CoreML):
+    """The same with tokens laid out as Apple publishes it for the Neural Engine: see `edgewise.targets.coreml.layout`."""
+
+    name = "coreml-ane"
+    description = "Core ML package in Apple's layout for the Neural Engine, (batch, channels, 1, tokens)"
+    tokens_last = True
+
+
+class CoreMLFused(CoreML):
+    """The same with each attention as one op, which iOS 18 and macOS 15 brought."""
+
+    name = "coreml-ios18"
+    description = "Core ML package for iOS 18 and macOS 15, with attention as one op"
+    oldest = "iOS18"

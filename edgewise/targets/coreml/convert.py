@@ -127,14 +127,18 @@ def _name_outputs(program: Any, outputs: Sequence[Port]) -> None:
     function.set_output_types([coremltools.TensorType(name, *stored[name]) for name in made])
 
 
-def to_model(program: Any, deployment: str, half: bool) -> Any:
-    """coremltools' model, in a temporary package, of its Program. `half`: fp16 arithmetic, and else fp32."""
+_INTO_WEIGHTS = {"common::fuse_conv_scale", "common::fuse_conv_batchnorm"}
+
+
+def to_model(program: Any, deployment: str, half: bool, apart: bool = False) -> Any:
+    """coremltools' model, in a temporary package, of its Program. `half`: fp16 arithmetic, and else fp32. `apart`:
+    convolutions keep the weights that they have, under their names, and no scale behind one is folded into them."""
     import coremltools
     from coremltools.converters.mil.mil.passes.pass_pipeline import PassPipeline, PassPipelineManager
 
     PassPipelineManager.apply_pipeline(program, PassPipeline.get_pipeline("frontend_pytorch"))
-    passes = PassPipeline.get_pipeline("default")
-    passes.remove_passes({_TO_BATCH_NORM})
+    pipeline = PassPipeline.get_pipeline("default")
+    pipeline.remove_passes({_TO_BATCH_NORM, *(_INTO_WEIGHTS if apart else ())})
     try:
         return coremltools.convert(
             program,
@@ -143,8 +147,8 @@ def to_model(program: Any, deployment: str, half: bool) -> Any:
             compute_precision=coremltools.transform.FP16ComputePrecision(_may_be_half)
             if half
             else coremltools.precision.FLOAT32,
-            pass_pipeline=passes,
             minimum_deployment_target=getattr(coremltools.target, deployment),
+            pass_pipeline=pipeline,
             skip_model_load=True,
         )
     except ValueError as error:  # a tensor of more than five dimensions

@@ -19,7 +19,7 @@ from torch.fx import Node
 from edgewise.passes.cleanup import CleanUp
 from edgewise.passes.graph import MADE_BY, Editor
 from edgewise.passes.trace import trace
-from edgewise.targets.coreml.rewritings import RESHAPES, REWRITES, Made
+from edgewise.targets.coreml.rewritings import FUSED, RESHAPES, REWRITES, Made
 from edgewise.targets.coreml.whole_weights import keep_whole
 from edgewise.targets.half_arithmetic import within_half
 from edgewise.targets.rewrite import arguments, become, simplify
@@ -31,21 +31,24 @@ MOST_PARTS = 4
 """How often what an op was rewritten into is itself looked at."""
 
 
-def legal(exported: ExportedProgram, reads: Callable[[Node], bool], half: bool = False) -> ExportedProgram:
+def legal(
+    exported: ExportedProgram, reads: Callable[[Node], bool], half: bool = False, fused: bool = False
+) -> ExportedProgram:
     """A copy of the program, which shares its weights, in ops that coremltools reads. It must not write in place.
 
     `reads` says whether the frontend has a rule for a node's op. Ops without a rule are taken apart as torch does it;
-    those that torch cannot take apart stay. `half`: the arithmetic will be in half precision.
+    those that torch cannot take apart stay. `half`: the arithmetic will be in half precision. `fused`: attention will be one op.
     """
     editor = Editor(CleanUp()(exported).program)
     keep_whole(editor, MADE_HERE)
+    rewritings = FUSED if fused else REWRITES
     for _ in range(MOST_PARTS):
         simplify(editor.graph)
         for node in list(editor.graph.nodes):
             if node.target in RESHAPES:
                 become(node, aten.reshape.default, (node.args[0], list(node.meta["val"].shape)))
-            elif node.target in REWRITES:
-                _rewrite(editor, node, REWRITES[node.target](*arguments(node)))
+            elif node.target in rewritings:
+                _rewrite(editor, node, rewritings[node.target](*arguments(node)))
         unread = [node for node in editor.graph.nodes if node.op == "call_function" and not reads(node)]
         if not unread:
             break

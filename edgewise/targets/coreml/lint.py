@@ -14,9 +14,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from edgewise.errors import InputError
 from edgewise.passes.graph import describe, parameters_of, shape_of
 from edgewise.passes.legalise import is_compression_op
 from edgewise.targets.coreml.convert import reads
+from edgewise.targets.coreml.layout import lay_out
 from edgewise.targets.coreml.legal import legal
 
 aten = torch.ops.aten
@@ -38,6 +40,7 @@ def _rule(ops: set[Any], reason: str, source: str) -> Rule:
     return Rule(frozenset(ops), reason, source)
 
 
+_LISTED = "a reverse-engineered list, unverified"
 RULES = (
     _rule(
         {aten.gather.default, aten.index.Tensor, aten.index_select.default, aten.embedding.default},
@@ -55,28 +58,63 @@ RULES = (
             *(aten.slice_scatter.default, aten.select_scatter.default),
         },
         "scatters are among the ops that were only seen on the CPU",
-        "a reverse-engineered list, unverified; FluidAudio for caches",
+        f"{_LISTED}; FluidAudio for caches",
     ),
     _rule(
         {aten.cumsum.default, aten.one_hot.default, aten.tril.default, aten.triu.default},
-        "these are among the ops that were only seen on the CPU",
-        "a reverse-engineered list, unverified",
+        "sums of all before, one-hot codes and triangles are among the ops that were only seen on the CPU",
+        _LISTED,
     ),
     _rule(
-        {aten.where.self, aten.logical_and.default, aten.logical_or.default, aten.logical_not.default},
+        {
+            *(aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+            *(aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default, aten.logical_not.default),
+        },
         "choices and logic are among the ops that were only seen on the CPU",
-        "a reverse-engineered list, unverified",
+        _LISTED,
+    ),
+    _rule(
+        {aten.rand.default, aten.randn.default, aten.rand_like.default, aten.randn_like.default},
+        "random numbers are among the ops that were only seen on the CPU",
+        _LISTED,
     ),
 )
+STATES_FAIL = "models with states were refused by the Neural Engine (coremltools issue 2553)"
+UNEVEN = "and so was one with a state of which a size is no multiple of 32 (coremltools issue 2631)"
 
 
-def lint(exported: ExportedProgram) -> list[str]:
+def lint(exported: ExportedProgram, *, tokens_last: bool = False, fused: bool = False) -> list[str]:
     """One line for each thing that would fail, and for each kind of op that is at risk of leaving the Neural Engine.
 
-    Those that run all the same begin with `slow: `.
+    Those that run all the same begin with `slow: `. `tokens_last`: tokens will be laid out as in `layout`. `fused`: attention will
+    be one op.
     """
-    program = legal(exported, lambda node: is_compression_op(node) or reads(node), half=True)
-    return [*_failures(program), *_risks(program), *_size(program)]
+    program = legal(exported, lambda node: is_compression_op(node) or reads(node), half=True, fused=fused)
+    laid = _layout(program) if tokens_last else []
+    return [*_failures(program), *laid, *_risks(program), *_states(program), *_size(program)]
+
+
+def _layout(program: ExportedProgram) -> Iterator[str]:
+    try:
+        strays = lay_out(program).strays
+    except InputError as refused:
+        yield str(refused)
+        return
+    if strays:
+        first = strays[0]
+        yield (
+            f"slow: {len(strays)} times tokens are transposed between ops that have a form in the layout and ops that have none, "
+            f"first from {describe(first.of)} to {describe(first.why)} (Apple, Deploying Transformers on the Neural Engine)"
+        )
+
+
+def _states(program: ExportedProgram) -> Iterator[str]:
+    names = program.graph_signature.buffers_to_mutate.values()
+    if names:
+        known = {**program.state_dict, **program.constants}
+        uneven = [name for name in names if any(size % 32 for size in known[name].shape)]
+        more = f", {UNEVEN}: {uneven[0]} {tuple(known[uneven[0]].shape)}" if uneven else ""
+        yield f"slow: {next(iter(names))} becomes a state: {STATES_FAIL}{more}"
 
 
 def _failures(program: ExportedProgram) -> Iterator[str]:

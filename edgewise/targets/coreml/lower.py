@@ -18,7 +18,7 @@ DEPLOYMENT = {"w4a16": "iOS18"}
 FUNCTIONS = "iOS18"
 """The oldest system whose packages have several functions."""
 STATES = "iOS18"
-"""The oldest system whose packages keep states."""
+"""The oldest system whose packages keep states, and have attention as one op."""
 _BITS = {"w8a16": 8, "w4a16": 4}
 
 
@@ -32,29 +32,40 @@ def lower(
     *,
     functions: bool = False,
     images: Mapping[str, str] | None = None,
+    oldest: str = "iOS17",
+    tokens_last: bool = False,
 ) -> list[Path]:
-    """Write `stem.mlpackage`; see `Target.lower`. The main file is the package's `Manifest.json`. `functions`: it will be one of
-    several functions of a package; `images`: inputs that take images, and their colours."""
+    """Write `stem.mlpackage`; see `Target.lower`. The main file is the package's `Manifest.json`.
+
+    `functions`: it will be one of several functions of a package. `images`: inputs that take images, and their colours. `oldest`:
+    the oldest system that it may be for; from iOS18 on, attention is one op. `tokens_last`: tokens are laid out as in `layout`.
+    """
     from edgewise.passes.layers import layers
     from edgewise.targets.coreml.convert import quiet, reads, to_mil, to_model
+    from edgewise.targets.coreml.layout import lay_out
     from edgewise.targets.coreml.legal import legal
     from edgewise.targets.coreml.ports import ports
     from edgewise.targets.coreml.weights import quantised
     from edgewise.targets.coreml.write import write_package
 
-    half, deployment = precision != "fp32", FUNCTIONS if functions else DEPLOYMENT.get(precision, "iOS17")
+    half, deployment = precision != "fp32", FUNCTIONS if functions else DEPLOYMENT.get(precision, oldest)
     with quiet():
         prepared = prepare(exported, "coreml", input_names, output_names, keeps_state=True)
         if prepared.graph_signature.buffers_to_mutate:
             deployment = STATES
             _check_states(prepared)
-        program = legal(prepared, reads, half)
+        program = legal(prepared, reads, half, fused=deployment == STATES and not tokens_last)
+        names = layers(program)
+        if tokens_last:
+            laid = lay_out(program)
+            program, names = laid.program, {laid.layers.get(weight, weight): name for weight, name in names.items()}
         inputs, outputs = ports(program, input_names, output_names, half=half, images=images)
-        model = to_model(to_mil(program, inputs, outputs, deployment), deployment, half)
+        model = to_model(to_mil(program, inputs, outputs, deployment), deployment, half, apart=tokens_last)
         if precision in _BITS:
             model = quantised(model, _BITS[precision])
-    names = layers(program) if precision == "fp16" else None
-    return write_package(model, inputs, outputs, Path(folder) / f"{stem}.mlpackage", names)
+    return write_package(
+        model, inputs, outputs, Path(folder) / f"{stem}.mlpackage", names if precision == "fp16" else None
+    )
 
 
 def _check_states(exported: ExportedProgram) -> None:

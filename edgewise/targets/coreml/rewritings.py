@@ -80,11 +80,13 @@ def _attention(
     causal: bool,
     scale: float | None,
     grouped: bool,
+    fused: bool = False,
 ) -> Made:
+    """`fused`: it is to be one op, which has no scale but the usual one: another becomes a factor of the queries."""
     width = query.meta["val"].shape[-1]
     groups = query.meta["val"].shape[-3] // key.meta["val"].shape[-3] if grouped else 1
     usual = scale is None or math.isclose(scale, width**-0.5, rel_tol=1e-12)
-    if groups == 1 and (scale is None or not usual):
+    if groups == 1 and (scale is None or not (usual or fused)):
         return None
     nodes = list(dict.fromkeys(n for n in (query, key, value, mask) if n is not None))
 
@@ -93,8 +95,10 @@ def _attention(
         q, k, v = known[query], known[key], known[value]
         if groups > 1:
             k, v = (_repeated(x, groups) for x in (k, v))
+        if fused and scale is not None and not usual:
+            q = q * (scale * math.sqrt(width))
         return aten.scaled_dot_product_attention.default(
-            q, k, v, None if mask is None else known[mask], dropout, causal, **({} if usual else {"scale": scale})
+            q, k, v, None if mask is None else known[mask], dropout, causal, **({} if usual or fused else {"scale": scale})
         )
 
     return attention
@@ -260,3 +264,9 @@ REWRITES: dict[Any, Callable[..., Made]] = {
         )
     },
 }
+
+FUSED: dict[Any, Callable[..., Made]] = {
+    **REWRITES,
+    aten.scaled_dot_product_attention.default: functools.partial(_attention, fused=True),
+}
+"""The same for systems that have attention as one op."""

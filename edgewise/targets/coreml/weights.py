@@ -82,7 +82,8 @@ def _steps(weight: np.ndarray, axis: int, bits: int) -> tuple[np.ndarray, int]:
     if not block:
         largest, levels = np.abs(weight).max(rest, keepdims=True), 127
     else:
-        folded = np.abs(weight).reshape(weight.shape[0], size // block, block, *weight.shape[2:])
-        largest, levels = np.repeat(folded.max(2), block, axis=1), 7
+        # A block is of inputs alone: the places of a kernel share its scale.
+        folded = np.abs(weight).reshape(weight.shape[0], size // block, -1).max(-1)
+        largest, levels = np.repeat(folded, block, axis=1).reshape(*weight.shape[:2], *(1 for _ in weight.shape[2:])), 7
     # Scales are stored in half precision, and so are the products.
     return largest / levels * 0.51 + largest * 2e-3, block
