@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from edgewise import targets
 from edgewise.errors import InputError
 from edgewise.exporter.half import rounded
 from edgewise.ops import METHODS as ALL_METHODS
-from edgewise.targets.tensorrt import rtx
+from edgewise.targets.tensorrt import capabilities, rtx
 from edgewise.targets.tensorrt.lint import findings
 from edgewise.verify.metrics import compare
 
@@ -43,7 +44,13 @@ def types(path: Path) -> dict[str, int]:
 
 def check_file(path: Path) -> Counter[str]:
     """What must hold of every file: static, strongly typed, no cast in vain, none of the ops that TensorRT has no way for."""
-    kind, graph = types(path), onnx.load(path).graph
+    model = onnx.load(path)
+    kind, graph = types(path), model.graph
+    (opset,) = (one.version for one in model.opset_import if not one.domain)
+    # JetPack 6 has TensorRT 10.3, which reads opset 20 and was built with ONNX 1.16. Whole numbers of 4 bits came with opset 21.
+    assert opset == (21 if TensorProto.INT4 in kind.values() else 20) and model.ir_version <= 10
+    assert {node.op_type for node in graph.node} <= capabilities.SUPPORTED - set(capabilities.LATER)
+    assert [one.domain for one in model.opset_import] == [""] and not model.functions
     for value in (*graph.input, *graph.output):
         assert all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
     made_by = {output: node for node in graph.node for output in node.output}
@@ -65,6 +72,56 @@ def check_file(path: Path) -> Counter[str]:
         if ours and node.op_type in ("Add", "Sub", "Mul", "Concat", "Where", "Equal", "Gather"):
             assert TensorProto.INT64 not in {kind[name] for name in (*node.input, *node.output)}, node.name
     return Counter(node.op_type for node in graph.node)
+
+
+def recast(model: onnx.ModelProto) -> None:
+    """Half-precision products through a cast to single precision and back."""
+    node = next(node for node in model.graph.node if node.op_type == "Transpose")
+    (user,) = (one for one in model.graph.node if node.output[0] in one.input)
+    place = list(model.graph.node).index(node) + 1
+    wide = onnx.helper.make_node("Cast", [node.output[0]], ["wide"], name="wide", to=TensorProto.FLOAT)
+    back = onnx.helper.make_node("Cast", ["wide"], ["back"], name="back", to=TensorProto.FLOAT16)
+    user.input[list(user.input).index(node.output[0])] = "back"
+    for one in (back, wide):
+        model.graph.node.insert(place, one)
+
+
+def same_type(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "Softmax")
+    place = list(model.graph.node).index(node)
+    model.graph.node.insert(place, onnx.helper.make_node("Cast", [node.input[0]], ["s"], name="same", to=TensorProto.FLOAT))
+    node.input[0] = "s"
+
+
+def twice(model: onnx.ModelProto) -> None:
+    cast = next(node for node in model.graph.node if node.op_type == "Cast")
+    again = onnx.NodeProto()
+    again.CopyFrom(cast)
+    again.output[0], again.name = "again", "again"
+    model.graph.node.insert(list(model.graph.node).index(cast), again)
+
+
+def later(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 21
+
+
+def another_domain(model: onnx.ModelProto) -> None:
+    model.opset_import.add(domain="com.microsoft", version=1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [(recast, "a cast undone"), (same_type, "to the same type"), (twice, "cast twice"), (later, "20"), (another_domain, "com.microsoft")],
+)
+def test_the_check_of_files_finds_faults(fault: Callable[[onnx.ModelProto], None], message: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = lowered(CASES["block"]().exported, tmp_path, "fp16", 1, 2)
+    check_file(path)
+    model = onnx.load(path)
+    fault(model)
+    onnx.save(model, tmp_path / "faulty.onnx")
+    with pytest.raises(AssertionError, match=message):
+        check_file(tmp_path / "faulty.onnx")
 
 
 REJECTED = {"merge": "ScatterElements", "synonyms": "BitwiseAnd"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import onnx
@@ -9,13 +10,14 @@ import pytest
 import torch
 from conftest import Cli
 from onnx import TensorProto, helper
-from tensorrt_cases import lowered
+from tensorrt_cases import lowered, method
 from tiny_programs import CASES, case
 from torch import nn
 
 import edgewise
 from edgewise import targets
 from edgewise.errors import InputError, MissingExtra
+from edgewise.passes.legalise import Legalise
 from edgewise.targets.tensorrt import engine, rtx
 
 needs_rtx = pytest.mark.skipif(not rtx.installed(), reason="needs the extra tensorrt-rtx, which has no package for this platform")
@@ -79,12 +81,15 @@ def test_devices_that_cannot_be(cli: Cli, tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cli: Cli) -> None:
     """No engine, and a warning in the manifest that the parser did not see the artifact."""
     absent = type(rtx.BINDINGS)("no-such-package", "1", "1", extra=rtx.EXTRA, runtime=False)
     monkeypatch.setattr(rtx, "BINDINGS", absent)
     with pytest.raises(MissingExtra, match=r'pip install "edgewise\[tensorrt-rtx\]"'):
         targets.get("tensorrt").for_devices(["sm86"])
+    asked = cli("export", "demo:digits", "--target", "tensorrt", "--device", "sm86", "-o", tmp_path / "b")
+    asked.refused("no-such-package is not installed", 'pip install "edgewise[tensorrt-rtx]"')
+    assert not (tmp_path / "b").exists()
     assert any("not parsed by NVIDIA's parser" in warning for warning in targets.get("tensorrt").check())
     assert not any("parser" in warning for warning in targets.get("tensorrt").check(runtime_only=True))
     lowered(case(nn.Linear(8, 8), torch.randn(1, 8)).exported, tmp_path)
@@ -141,6 +146,71 @@ def test_refusals_say_where_and_how_to_mend(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"cannot read .*{name}"):
             rtx.parse(tmp_path / name)
     assert not list(tmp_path.glob("*.engine*"))
+
+
+class Top(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + 1).topk(3900).values
+
+
+@needs_rtx
+def test_refusals_name_the_line_of_the_model_and_our_pass(tmp_path: Path) -> None:
+    """Of real programs: what the builder refuses, and what a pass of ours made that the parser refuses."""
+    target = targets.get("tensorrt")
+    names = {"precision": "fp32", "input_names": ["x"], "output_names": ["y"]}
+    long = torch.export.export(Top(), (torch.randn(1, 4000),), strict=False)
+    with pytest.raises(InputError, match=r"cannot build long\.onnx for sm86:\n.*K exceeds the maximum value") as caught:
+        target.for_devices(["sm86"]).lower(long, tmp_path, "long", **names)
+    said = str(caught.value)
+    assert "model/topk is node topk (aten.topk.default) at " in said
+    assert re.search(r"test_tensorrt_rtx\.py:\d+, in forward: return \(x \+ 1\)", said)
+    assert "way round: TensorRT takes at most 3840 of one axis: rank by comparison" in said
+
+    model, x = method("tome")
+    exported = torch.export.export(model, (x,), strict=False)
+    scattered = Legalise({**target.realisations, "merge": ("scatter",)})(exported).program
+    with pytest.raises(InputError, match=r"cannot read .*scattered\.onnx") as caught:
+        target.lower(scattered, tmp_path, "scattered", **names)
+    said = str(caught.value)
+    assert "ScatterElements, node scatter_add" in said and "made by legalise:merge at " in said and "method_graphs.py:" in said
+    assert "Unsupported reduction type\n    way round: " in said and "/_src/" not in said
+
+
+@needs_rtx
+def test_valid_for_tensorrt_10_and_11(tmp_path: Path) -> None:
+    """TensorRT 10 makes a strongly typed network where it is told to, and 11 has no other, and no flags of precision, as
+    TensorRT-RTX has none: both read the same network. A file whose types do not fit is refused by both."""
+    trt = rtx.package()
+    assert not {"FP16", "BF16", "INT8", "FP8"} & set(trt.BuilderFlag.__members__), "precision is in the graph"
+    torch.manual_seed(0)
+    path = lowered(CASES["masked_block"]().exported, tmp_path, "fp16", len(CASES["masked_block"]().feeds), 2)
+
+    def read(path: Path, flag: int) -> tuple[bool, list[tuple[str, str, tuple[int, ...]]]]:
+        log = engine.logger(trt)
+        builder = trt.Builder(log)
+        network = builder.create_network(flag)
+        parser = trt.OnnxParser(network, log)
+        well = parser.parse_from_file(str(path))
+        found = []
+        for number in range(network.num_layers if well else 0):
+            layer = network.get_layer(number)
+            value = layer.get_output(0)
+            found.append((layer.name, str(value.dtype), tuple(value.shape)))
+        config = builder.create_builder_config()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+        return well and builder.build_serialized_network(network, config) is not None, found
+
+    strongly = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    ten, eleven = read(path, strongly), read(path, 0)
+    assert ten[0] and ten == eleven and {"DataType.HALF", "DataType.FLOAT"} <= {kind for _, kind, _ in ten[1]}
+    model = onnx.load(path)
+    # The softmax without its cast: half-precision scores where single ones were meant.
+    cast = next(node for node in model.graph.node if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT16)
+    user = next(node for node in model.graph.node if cast.output[0] in node.input)
+    user.input[list(user.input).index(cast.output[0])] = cast.input[0]
+    onnx.save(model, tmp_path / "mixed.onnx")
+    assert [read(tmp_path / "mixed.onnx", flag)[0] for flag in (strongly, 0)] == [False, False]
 
 
 @needs_rtx

@@ -75,7 +75,10 @@ def build(network: Network, config: Any, what: str, describe: Describe | None = 
     if plan is None:
         reasons = "\n  ".join(dict.fromkeys(_plain(text) for text in log.messages)) or "it gave no reason"
         where = _mentioned(log.messages, describe)
-        raise InputError(f"{name_of(trt)} cannot build {what}:\n  {reasons}{where}\n  {_LINT}")
+        # The builder names layers of its own kinds; those that one op becomes bear its name.
+        kinds = dict.fromkeys(kind for text in log.messages for kind in re.findall(r"\bI(\w+?)Layer\b", text))
+        ways = [WAYS_ROUND[kind] for kind in kinds if kind in WAYS_ROUND] or [_LINT]
+        raise InputError(f"{name_of(trt)} cannot build {what}:\n  {reasons}{where}\n    way round: {'; '.join(ways)}")
     return bytes(plan)
 
 
