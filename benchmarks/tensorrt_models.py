@@ -1,11 +1,13 @@
 """Models at their published sizes for TensorRT: what compression adds to the graph, and that NVIDIA's builder takes it.
 
     python benchmarks/tensorrt_models.py [--family vit] [--precision fp16] [--device sm86] [--unverified] [SPEC ...]
+    python benchmarks/tensorrt_models.py --family dinov2 --family whisper --weights FOLDER tome:keep=0.5
 
 Each row: nodes of the ONNX file and how many more than without compression, layers that NVIDIA's parser makes of it, seconds and
 megabytes of the engine for each device, and the largest relative error in ONNX Runtime. No GPU is needed. Without SPECs: several
 methods at one site and at all. `--unverified` lowers and builds alone, which takes a quarter of the time and leaves out the error.
-The models are those of `tests/families.py`.
+The models are those of `tests/families.py`; `dinov2` (S/14), `whisper` (tiny.en) and `kwt1` have the weights that `--weights` holds
+(folders `dinov2_small_saliency`, `whisper_tiny_en`, `kwt1`) and are left out where it does not, the others random ones.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import families
 import onnx
-from families import build
 
 import edgewise
 from edgewise.exporter.half import rounded
@@ -55,15 +57,29 @@ def main() -> None:
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("specs", nargs="*", default=SPECS)
-    parser.add_argument("--family", default="vit")
+    parser.add_argument("--family", action="append")
+    parser.add_argument("--weights", type=Path, default=families.SHARED / "models")
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--device", action="append")
     parser.add_argument("--unverified", action="store_true")
     given = parser.parse_args()
     devices = given.device or ["sm86", "sm120"]
-    print(f"| {given.family}, {given.precision} | nodes | added | layers | {' | '.join(devices)} | error |")
+    families.SHARED = given.weights.resolve().parent
+    assert (families.SHARED / "models").resolve() == given.weights.resolve(), "--weights is a folder called `models`"
+    for family in given.family or ["vit"]:
+        try:
+            model, inputs = families.build(family, small=False)
+        except BaseException as error:  # a missing folder of weights is pytest's skip, which is no Exception
+            if type(error).__name__ != "Skipped":
+                raise
+            print(f"{family} is left out: {error}\n", flush=True)
+            continue
+        table(family, model, inputs, given, devices)
+
+
+def table(family: str, model, inputs, given: argparse.Namespace, devices: list[str]) -> None:
+    print(f"| {family}, {given.precision} | nodes | added | layers | {' | '.join(devices)} | error |")
     print("|---|---|---|---|" + "---|" * (len(devices) + 1), flush=True)
-    model, inputs = build(given.family, small=False)
     alone = 0
     for spec in ("", *given.specs):
         with tempfile.TemporaryDirectory() as folder:
@@ -79,6 +95,7 @@ def main() -> None:
                 cells.append(f"{time.perf_counter() - start:.1f} s, {size / 1e6:.0f} MB")
             row = (spec or "none", nodes, f"{nodes / alone - 1:+.1%}", rtx.parse(path), *cells, error)
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    print(flush=True)
 
 
 if __name__ == "__main__":

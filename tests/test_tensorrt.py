@@ -111,7 +111,13 @@ def another_domain(model: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [(recast, "a cast undone"), (same_type, "to the same type"), (twice, "cast twice"), (later, "20"), (another_domain, "com.microsoft")],
+    [
+        (recast, "a cast undone"),
+        (same_type, "to the same type"),
+        (twice, "cast twice"),
+        (later, "20"),
+        (another_domain, "com.microsoft"),
+    ],
 )
 def test_the_check_of_files_finds_faults(fault: Callable[[onnx.ModelProto], None], message: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
