@@ -39,13 +39,13 @@ REALISATIONS["top_tokens"] = {SCATTER: select.top_tokens._init_fn}
 
 
 def descending_rank(score: Tensor) -> Tensor:
-    """The place `(B, N)` of each score `(B, N, 1)` in descending order, ties to the lowest index, as float: counts of
-    comparisons."""
+    """The place `(B, 1, N)` of each score `(B, N, 1)` in descending order, ties to the lowest index, as float: counts of
+    comparisons. Rows of one keep their dimension all the way to `place_by_rank`, so that no change of shape is in between."""
     count = score.shape[1]
     mine, other = score.transpose(1, 2), score
     index = torch.arange(count, device=score.device)
     earlier = (index[:, None] < index[None, :])[None]
-    return ((other > mine) | ((other == mine) & earlier)).to(torch.float32).sum(1)
+    return ((other > mine) | ((other == mine) & earlier)).to(torch.float32).sum(1, keepdim=True)
 
 
 def one_hot(index: Tensor, count: int) -> Tensor:
@@ -55,9 +55,9 @@ def one_hot(index: Tensor, count: int) -> Tensor:
 
 
 def place_by_rank(rank: Tensor, wanted: int, value: Tensor, first: int = 0) -> Tensor:
-    """`value (B, N, 1)` reordered by `rank (B, N)`, of which `wanted` places from `first` on are taken: `(B, wanted)`."""
+    """`value (B, N, 1)` reordered by `rank (B, 1, N)`, of which `wanted` places from `first` on are taken: `(B, wanted)`."""
     places = torch.arange(first, first + wanted, device=rank.device, dtype=torch.float32)
-    chosen = (rank[:, None, :] == places[None, :, None]).to(torch.float32)
+    chosen = (rank == places[None, :, None]).to(torch.float32)
     return (chosen @ value)[:, :, 0]
 
 
@@ -68,8 +68,8 @@ def column(values: Tensor, batch: int) -> Tensor:
 
 
 def rank_among(flags: Tensor) -> Tensor:
-    """For `flags (B, N)` of zeros and ones: the number of each one among them, from 1 on, and 0 for each zero."""
-    count = flags.shape[1]
+    """For `flags (B, 1, N)` of zeros and ones: the number of each one among them, from 1 on, and 0 for each zero."""
+    count = flags.shape[2]
     until = torch.ones(count, count, device=flags.device, dtype=torch.float32).triu()
     return (flags @ until) * flags
 
@@ -133,7 +133,7 @@ def _(metric: Tensor, r: int, protected: int, padding: Tensor | None = None) -> 
     rows, _ = match.protected_split(protected)
     even = column(torch.arange(2 * rows, metric.shape[1], 2, device=metric.device), metric.shape[0])
     # Where A stays in order, merged tokens get a rank that no place has.
-    rest, first = (rank_among((rank >= r).to(torch.float32)), 1) if protected else (rank, r)
+    rest, first = (rank_among((rank > r - 1).to(torch.float32)), 1) if protected else (rank, r)
     unmerged = place_by_rank(rest, scores.shape[1] - r, even, first)
     kept = kept_tokens(unmerged, metric.shape[1], protected)
     into = place_by_rank(rank, r, partner)
