@@ -57,21 +57,22 @@ def measure(
     """
     say = tell or (lambda text: None)
     bundles = {entry.name: Bundle.open(out / entry.name) for entry in entries}
-    scores: dict[tuple[str, str, int | None], dict[str, float] | str] = {}
+    scores: dict[tuple[str, str, int | None, int | None], dict[str, float] | str] = {}
 
     def score(name: str, gates: Gates) -> dict[str, float] | str:
         """Accuracy by artifact, or why it cannot be measured here."""
         source = str(gates.data)
-        key = (name, source, gates.threads)
+        how = (source, gates.data_samples, gates.threads)
+        key = (name, *how)
         if key not in scores:
-            known = Scores(bundles[name].manifest, source, gates.threads) if cache else None
+            known = Scores(bundles[name].manifest, *how) if cache else None
             earlier = known.read() if known is not None else None
             if earlier is not None:
                 scores[key] = earlier
                 return earlier
             say(f"{name}: accuracy on {source}")
             try:
-                measured = _accuracy(bundles[name], source, gates.threads)
+                measured = _accuracy(bundles[name], *how)
             except MissingExtra as missing:
                 scores[key] = str(missing)
             else:
@@ -114,11 +115,11 @@ def measure(
     return made
 
 
-def _accuracy(bundle: Bundle, source: str, threads: int | None) -> dict[str, float]:
+def _accuracy(bundle: Bundle, source: str, most: int | None, threads: int | None) -> dict[str, float]:
     """By artifact; the components of a model that answers questions have the exact match of its answers."""
     if not answers_questions(bundle):
-        return {one["artifact"]: one["top1"] for one in accuracy(bundle, source, threads=threads)}
-    matches = {one["artifact"]: one["exact_match"] for one in exact_match(bundle, source, threads=threads)}
+        return {one["artifact"]: one["top1"] for one in accuracy(bundle, source, threads=threads, most=most)}
+    matches = {one["artifact"]: one["exact_match"] for one in exact_match(bundle, source, threads=threads, most=most)}
     labels = {artifact.label: f"{artifact.target}/{artifact.precision}" for artifact in bundle.manifest.targets}
     return {label: matches[whole] for label, whole in labels.items() if whole in matches}
 

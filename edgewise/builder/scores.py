@@ -16,15 +16,16 @@ from edgewise.exporter.identity import code_digest, data_digest
 
 
 class Scores:
-    """The accuracy of the artifacts of a bundle on `data`: by the bundle's bytes, the data's, the versions of the runtimes, their
-    threads, and edgewise's own code."""
+    """The accuracy of the artifacts of a bundle on `most` samples of `data`: by the bundle's bytes, the data's, the versions of the
+    runtimes, their threads, and edgewise's own code."""
 
-    def __init__(self, manifest: Manifest, data: str, threads: int | None) -> None:
+    def __init__(self, manifest: Manifest, data: str, most: int | None, threads: int | None) -> None:
         named = sorted({artifact.target for artifact in manifest.targets})
         parts = {
             "bundle": hashlib.sha256(dump(manifest)).hexdigest(),
             "data": [data, data_digest(data)],
             "runtimes": {name: targets.get(name).versions(runtime_only=True) for name in named},
+            "samples": most,
             "threads": threads,
             "code": code_digest(),
             "machine": platform.machine(),

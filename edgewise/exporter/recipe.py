@@ -77,7 +77,8 @@ class Gates(Strict):
     - `accuracy`: least top-1 accuracy (or exact match, of a model that answers questions) on `data`, and `accuracy_drop`: most
       that may be lost of the baseline's, both as shares.
     - `latency_ratio`: greatest median time / the baseline's, both measured here in turns.
-    - `baseline`: the name of a bundle of the same build. `data`: `demo:NAME`, or an `.npz` of inputs and `labels`.
+    - `baseline`: the name of a bundle of the same build. `data`: `demo:NAME`, or an `.npz` of inputs and `labels`. `data_samples`:
+      how many of it, spread evenly; None: all.
     - `samples`, `seconds`: least runs, and least time of the runs, of each artifact whose latency is measured. `threads`: of the
       runtime.
     """
@@ -90,6 +91,7 @@ class Gates(Strict):
     latency_ratio: Limit | None = None
     baseline: str | None = None
     data: str | None = None
+    data_samples: Annotated[int, Field(ge=1)] | None = None
     samples: Annotated[int, Field(ge=1)] = 30
     seconds: Annotated[float, Field(ge=0)] = 1.0
     threads: Annotated[int, Field(ge=1)] | None = None
