@@ -151,6 +151,15 @@ def test_gates_of_a_build(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     said = cli("build", recipe, "-o", "out", "--record", "r.json")
     assert said.code == 0 and "latency against plain" in said.err and "accuracy on" not in said.err
     assert [f.accuracy for f in read_record(tmp_path / "r.json").figures] == [plain.accuracy, merged.accuracy]
+    # A part of the data is another measurement: three of eight samples are right in thirds.
+    whole = recipe.read_text()
+    recipe.write_text(whole.replace("data: data.npz", "data: data.npz, data_samples: 3"))
+    said = cli("build", recipe, "-o", "out", "--record", "r.json")
+    assert said.code == 0 and "accuracy on" in said.err
+    parts = [f.accuracy for f in read_record(tmp_path / "r.json").figures]
+    assert all(part is not None and part * 3 == pytest.approx(round(part * 3)) for part in parts)
+    recipe.write_text(whole)
+    assert cli("build", recipe, "-o", "out", "--record", "r.json").code == 0
     # A missed gate: the table, the exit code, JUnit and the summary say so, and the bundles are there.
     recipe.write_text(recipe.read_text().replace("tokens: 13", "tokens: 12"))
     said = cli("build", recipe, "-o", "out", *flags)
