@@ -180,6 +180,33 @@ def test_only_artifacts_of_one_model_and_role_are_held_against_one_another(recor
         assert f"<h3>{title}</h3>" in text
 
 
+def test_more_artifacts_than_colours(record: Record) -> None:
+    """Each target has latency plots of its own, and in the Pareto plots a colour for each of its precisions."""
+    precisions = ("fp32", "fp16", "w8a8", "w8a16", "w4a16")
+    many = record.model_copy(
+        update={
+            "measurements": tuple(
+                one.model_copy(update={"artifact": f"{one.target}/{one.role}/{precision}", "precision": precision})
+                for one in record.measurements
+                for precision in precisions
+            )
+        }
+    )
+    few, text = page([record]), page([many])
+    is_inert(Page(text))
+    assert few.count("<h3>Distribution") == 1 and text.count("<h3>Distribution") == len(record.measurements) == 2
+    for one in record.measurements:
+        title = f"<h3>{record.model} {one.role} on {one.target}</h3>"
+        assert title in text and title not in few
+    for plot in text.partition("Accuracy, latency and size</h2>")[2].partition("<h2>")[0].split("<svg ")[1:]:
+        kinds = re.findall(r"<li><i style=\"background:(#\w+)\"></i>(\w+ \w+)</li>", plot)
+        assert [kind for _, kind in kinds] == [f"{one.target} {one.precision}" for one in many.measurements]
+        marks = re.findall(r'<circle [^>]* fill="(#\w+)"', plot)
+        assert marks == [colour for colour, _ in kinds]
+        front = re.search("<ul class='notes soft'>(.*?)</ul>", plot)
+        assert front and any(f"<li>{one.artifact}: " in front[1] for one in many.measurements)
+
+
 def test_a_record_of_a_build_gives_the_accuracy(record: Record, tmp_path: Path, cli: Cli) -> None:
     from edgewise.builder.figures import Figures
     from edgewise.builder.gates import BuildRecord

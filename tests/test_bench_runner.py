@@ -4,6 +4,7 @@ import io
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,6 +184,33 @@ def test_artifacts_take_turns(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(runner._Run, "once", spy)
     bench(bundle, samples=3, seconds=0, warmup=0, cold=False)
     assert order == ["openvino", "onnxruntime"] * 3
+
+
+def test_a_stand_in_leaves_when_it_has_enough(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others go on, and ratios to it are of the rounds that it took part in."""
+    turns: list[str] = []
+    once, prepared = runner._Run.once, runner._prepared
+
+    def spy(run: runner._Run) -> None:
+        turns.append(run.artifact.target)
+        run.spent += 1.0 if run.artifact.target == "onnxruntime" else 0.25
+        once(run)
+
+    def prepare(*args: Any) -> runner._Run:
+        run = prepared(*args)
+        if run.artifact.target == "onnxruntime":
+            run.session.stand_in = "something else"
+        return run
+
+    monkeypatch.setattr(runner._Run, "once", spy)
+    monkeypatch.setattr(runner, "_prepared", prepare)
+    record = bench(bundle, samples=2, seconds=2.0, warmup=0, cold=False)
+    first, second = record.measurements
+    assert turns == ["openvino", "onnxruntime"] * 2 + ["openvino"] * (len(turns) - 4) and 4 < len(turns) <= 10
+    assert first.latency and second.latency and (first.latency.n, second.latency.n) == (len(turns) - 2, 2)
+    # The median of two samples, of the nearest rank, is the lower one.
+    shared = [min(one.latency.samples_ms[:2]) for one in record.measurements if one.latency]
+    assert second.speedup_interval is not None and second.speedup == pytest.approx(shared[0] / shared[1])
 
 
 @pytest.mark.parametrize(

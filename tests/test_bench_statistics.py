@@ -69,8 +69,14 @@ def test_turned_round_the_ratio_is_its_inverse(n: int, seed: int) -> None:
     assert 0.1 < interval.low <= interval.high and turned.low > 0
 
 
+def test_of_series_of_different_length_the_first_rounds_count() -> None:
+    a, b = [0.01, 0.02, 0.03, 0.9, 0.9, 0.9], [0.02, 0.04, 0.06]
+    assert ratio_of_medians(a, b) == ratio_of_medians(a[:3], b)
+    assert ratio_of_medians(b, a)[0] == pytest.approx(2)
+
+
 @pytest.mark.parametrize(
-    ("a", "b"), [([], []), ([1.0], [1.0, 2.0]), ([0.0], [1.0]), ([1.0], [-1.0]), ([[1.0]], [[1.0]])]
+    ("a", "b"), [([], []), ([1.0], []), ([0.0], [1.0]), ([1.0], [-1.0]), ([[1.0]], [[1.0]])]
 )
 def test_what_is_no_pair_of_series(a: list[float], b: list[float]) -> None:
     with pytest.raises(ValueError, match="two series"):

@@ -216,10 +216,13 @@ def _measured(pairs: Sequence[tuple[Bundle, Artifact]], plan: _Plan) -> Iterator
 
 def _take_turns(runs: Sequence[_Run], plan: _Plan, heat: list[tuple[float, str] | None]) -> None:
     told = time.perf_counter()
+    turns, stand_ins = list(runs), any(run.session.stand_in is not None for run in runs)
     while not all(run.done(plan) for run in runs):
         # Those that have enough samples go on, for as long as others need them as their companions.
-        for run in runs:
+        for run in turns:
             run.once()
+        if stand_ins:  # but a stand-in, whose times say nothing of a device, may be slower by orders, and keeps nobody waiting
+            turns = [run for run in turns if run.session.stand_in is None or not run.done(plan)]
         if time.perf_counter() - told > _TELL_EVERY:
             left = [one for one in runs if not one.done(plan)]
             if left:

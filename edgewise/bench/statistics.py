@@ -43,15 +43,17 @@ def ratio_of_medians(
 ) -> tuple[float, Interval]:
     """Median of one series / median of another, and the interval of confidence by a bootstrap over rounds.
 
-    Round i took the i-th sample of both, one after the other. Blocks of neighbouring rounds are drawn with replacement, of about
-    the cube root of their number (Künsch 1989): what slows the machine for a while slows a whole block, of both series. From
-    `_MOST_ROUNDS` on, every k-th round is drawn from, which makes the interval wider. The same samples give the same interval.
+    Round i took the i-th sample of both, one after the other; where one has fewer, only its rounds count. Blocks of neighbouring
+    rounds are drawn with replacement, of about the cube root of their number (Künsch 1989): what slows the machine for a while
+    slows a whole block, of both series. From `_MOST_ROUNDS` on, every k-th round is drawn from, which makes the interval wider.
+    The same samples give the same interval.
 
-    Raises `ValueError` if the two have not the same number of samples, one or more, above 0.
+    Raises `ValueError` if one of the two has no samples, or one that is not above 0.
     """
-    above, below = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
-    if above.shape != below.shape or above.ndim != 1 or not len(above) or min(above.min(), below.min()) <= 0:
-        raise ValueError("a ratio needs two series of as many samples, all of them above 0")
+    rounds = min(len(numerator), len(denominator))
+    above, below = (np.asarray(series[:rounds], dtype=np.float64) for series in (numerator, denominator))
+    if not rounds or above.ndim != 1 or below.ndim != 1 or min(above.min(), below.min()) <= 0:
+        raise ValueError("a ratio needs two series of samples, all of them above 0")
     ratio = float(_median(above) / _median(below))
     step = -(-len(above) // _MOST_ROUNDS)
     above, below = above[::step], below[::step]
@@ -64,8 +66,8 @@ def ratio_of_medians(
         count = min(at_once, _RESAMPLES - first)
         starts = random.integers(0, n, size=(count, -(-n // length)))
         # Blocks go round the end of the series, so that each round is drawn as often as the others.
-        rounds = (starts[..., None] + np.arange(length)).reshape(count, -1)[:, :n] % n
-        found.append(_median(above[rounds]) / _median(below[rounds]))
+        drawn = (starts[..., None] + np.arange(length)).reshape(count, -1)[:, :n] % n
+        found.append(_median(above[drawn]) / _median(below[drawn]))
     tail = (1 - confidence) / 2
     low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
     return ratio, Interval(low=float(low), high=float(high), confidence=confidence)

@@ -22,6 +22,7 @@ _STYLE = """
 body{margin:0 auto;max-width:66rem;padding:1.2rem 1rem 4rem;background:var(--back);color:var(--ink);
 font:16px/1.5 system-ui,sans-serif}h1{font-size:1.5rem;margin:0;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:2.4rem 0 .6rem}h3{font-size:1rem;margin:0 0 .4rem;overflow-wrap:anywhere}p{margin:.3rem 0}
+.plots+h3{margin-top:1.2rem}
 .soft,p.sub{color:var(--soft)}p.sub{overflow-wrap:anywhere}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:.8rem;margin-top:1rem}
 .card{background:var(--card);border-radius:.6rem;padding:.8rem 1rem;min-width:0}.card b{font-size:1.35rem;display:block}
@@ -52,7 +53,7 @@ def page(documents: Sequence[Record | Comparison], scores: Mapping[str, float] |
     models = list(dict.fromkeys(record.model for record in records))
     body = [f"<h1>{escape(', '.join(models))}</h1>", _sub(records), *_cards(measured), *_ratios(documents)]
     body += [
-        *_latency(measured),
+        *_latency(named, records),
         *tradeoff(named, records, scores or {}),
         *_tokens(names, records),
         *_stages(measured),
@@ -147,13 +148,20 @@ def _ratios(documents: Sequence[Record | Comparison]) -> Iterable[str]:
                 yield _notes(document.unmatched)
 
 
-def _latency(measured: Sequence[tuple[str, Measurement]]) -> Iterable[str]:
-    series = {name: one.latency.samples_ms for name, one in measured if one.latency is not None}
-    if not series:
-        return
-    yield "<h2>Latency</h2><div class=plots>"
-    yield f"<div><h3>Distribution</h3>{svg.distributions(series, 'ms')}</div>"
-    yield f"<div><h3>In the order of measuring</h3>{svg.over_time(series, 'ms')}</div></div>"
+def _latency(named: Sequence[Sequence[tuple[str, Measurement]]], records: Sequence[Record]) -> Iterable[str]:
+    """All in one plot; more than there are colours in one for each model, role and target."""
+    everything = [(record.model, *pair) for record, group in zip(records, named, strict=True) for pair in group]
+    known = [(model, name, one, one.latency.samples_ms) for model, name, one in everything if one.latency is not None]
+    groups: dict[str, dict[str, Sequence[float]]] = {}
+    for model, name, one, samples in known:
+        title = f"{model} {one.role} on {one.target}" if len(known) > svg.COLOURS else ""
+        groups.setdefault(title, {})[name] = samples
+    if groups:
+        yield "<h2>Latency</h2>"
+    for title, series in groups.items():
+        head = f"<h3>{_broken(title)}</h3>" if title else ""
+        yield f"{head}<div class=plots><div><h3>Distribution</h3>{svg.distributions(series, 'ms')}</div>"
+        yield f"<div><h3>In the order of measuring</h3>{svg.over_time(series, 'ms')}</div></div>"
 
 
 def _tokens(names: Sequence[Sequence[str]], records: Sequence[Record]) -> Iterable[str]:

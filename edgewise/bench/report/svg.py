@@ -10,6 +10,8 @@ from itertools import pairwise
 
 WIDTH = 360
 _COLOURS = ("#2f6fde", "#d9622b", "#1a7f4b", "#8a3fb5", "#b3261e", "#0f8b8d", "#a87900", "#5b6675")
+COLOURS = len(_COLOURS)
+"""Series that can be told apart."""
 _LONGEST = 46
 
 
@@ -128,16 +130,20 @@ def over_time(series: Mapping[str, Sequence[float]], unit: str, most: int = 240)
 
 @dataclass(frozen=True)
 class Point:
-    """One artifact in the Pareto plot; `size` in bytes, or None where it is not known."""
+    """One artifact in the Pareto plot; `size` in bytes, or None where it is not known. `kind`: what it shares with others."""
 
     name: str
     cost: float
     quality: float
     size: int | None = None
+    kind: str = ""
 
 
 def pareto(points: Sequence[Point], across: str, up: str) -> str:
-    """Less cost to the left, better quality on top, the area of a mark as the size; a line joins those that no other beats."""
+    """Less cost to the left, better quality on top, the area of a mark as the size; a line joins those that no other beats.
+
+    Of more points than there are colours, those of a kind have the same one, and the legend names those on the line.
+    """
     x = padded([point.cost for point in points], 52, WIDTH - 16, zero=True)
     y = padded([point.quality for point in points], 190, 28, least=0.02)
     largest = max((point.size or 0 for point in points), default=0)
@@ -148,9 +154,13 @@ def pareto(points: Sequence[Point], across: str, up: str) -> str:
     for value in ticks(y.low, y.high, 4):
         parts.append(f'<path d="M48 {y.at(value):.1f}H{WIDTH - 8}" class="line"/>')
         parts.append(_text(45, y.at(value) + 4, f"{value:.4g}", "end", "soft"))
-    line = " ".join(f"{x.at(point.cost):.1f},{y.at(point.quality):.1f}" for point in front(points))
+    best = front(points)
+    many = len(points) > COLOURS
+    keys = list(dict.fromkeys(point.kind if many else point.name for point in points))
+    line = " ".join(f"{x.at(point.cost):.1f},{y.at(point.quality):.1f}" for point in best)
     parts.append(f'<polyline points="{line}" class="front"/>')
     for index, point in enumerate(points):
+        index = keys.index(point.kind) if many else index
         radius = 4 + 9 * math.sqrt(point.size / largest) if point.size and largest else 4
         size = "" if point.size is None else f", {point.size / 1e6:.2f} MB"
         title = f"{point.name}: {number(point.cost)}, {point.quality:.4g}{size}"
@@ -160,7 +170,11 @@ def pareto(points: Sequence[Point], across: str, up: str) -> str:
         )
     parts.append(_text(WIDTH - 8, 226, across, "end", "soft"))
     parts.append(_text(4, 10, up, kind="soft"))
-    return _svg(232, "accuracy, latency and size", parts) + legend([point.name for point in points])
+    plot = _svg(232, "accuracy, latency and size", parts) + legend(keys if many else [point.name for point in points])
+    if many:
+        told = [f"{short(point.name, 80)}: {number(point.cost)}, {point.quality:.4g}" for point in best]
+        plot += "<ul class='notes soft'>" + "".join(f"<li>{escape(line)}</li>" for line in told) + "</ul>"
+    return plot
 
 
 def front(points: Sequence[Point]) -> list[Point]:

@@ -55,10 +55,11 @@ def _plots(
         value = quality(one)
         if value is None:
             continue
+        kind = f"{one.target} {one.precision}"
         if one.latency is not None and one.stand_in is None:
-            by_time.append(svg.Point(name, one.latency.p50_ms, value, one.artifact_bytes))
+            by_time.append(svg.Point(name, one.latency.p50_ms, value, one.artifact_bytes, kind))
         if one.artifact_bytes is not None:
-            by_size.append(svg.Point(name, one.artifact_bytes / 1e6, value, one.artifact_bytes))
+            by_size.append(svg.Point(name, one.artifact_bytes / 1e6, value, one.artifact_bytes, kind))
     for points, across in ((by_time, "median latency, ms"), (by_size, "size, MB")):
         if points:
             head = f"<h3>{escape(title)}</h3>" if title else ""
