@@ -18,6 +18,7 @@ from edgewise.builder.task import Outcome, Task
 from edgewise.bundle.temporary import sweep
 from edgewise.errors import unknown
 from edgewise.exporter.matrix import Entry
+from edgewise.exporter.precisions import parse_precisions
 from edgewise.exporter.variant_specs import parse_variants
 
 Engine = Callable[[Sequence[Task], int, Tell], Iterator[Outcome]]
@@ -77,7 +78,8 @@ def _check(entry: Entry) -> None:
             target = target.for_images({})
         if entry.recipe.devices and target.ahead_of_time:
             target = target.for_devices(entry.recipe.devices)
-        target.check_precision(entry.recipe.precision)
+        for precision in parse_precisions(entry.recipe.precision).all:
+            target.check_precision(precision)
         target.check()
 
 

@@ -16,6 +16,7 @@ from edgewise.errors import MissingExtra
 from edgewise.exporter.matrix import Entry
 from edgewise.exporter.recipe import Gates, Regressions
 from edgewise.schema import Strict
+from edgewise.targets import joined_labels
 from edgewise.verify.bundle import SAME_CHOICES
 from edgewise.verify.data import accuracy
 from edgewise.verify.questions import answers_questions, exact_match
@@ -120,7 +121,8 @@ def _accuracy(bundle: Bundle, source: str, most: int | None, threads: int | None
     if not answers_questions(bundle):
         return {one["artifact"]: one["top1"] for one in accuracy(bundle, source, threads=threads, most=most)}
     matches = {one["artifact"]: one["exact_match"] for one in exact_match(bundle, source, threads=threads, most=most)}
-    labels = {artifact.label: f"{artifact.target}/{artifact.precision}" for artifact in bundle.manifest.targets}
+    wholes = joined_labels(bundle.manifest.targets)
+    labels = {artifact.label: wholes[artifact.target] for artifact in bundle.manifest.targets}
     return {label: matches[whole] for label, whole in labels.items() if whole in matches}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from edgewise import targets
 from edgewise.exporter.identity import code_digest, data_digest, model_digest, values_digest
+from edgewise.exporter.precisions import parse_precisions
 from edgewise.exporter.recipe import Recipe
 from edgewise.version import __version__
 
@@ -26,7 +27,8 @@ def tools(recipe: Recipe) -> dict[str, str]:
     """Versions of edgewise, Python and the packages that make a bundle, by name. A Python factory may use any package."""
     names = installed() if recipe.model.startswith("py:") else {name: version(name) for name in _TOOLS}
     for target in recipe.targets:
-        names |= targets.get(target).versions(precision=recipe.precision)
+        for precision in parse_precisions(recipe.precision).all:
+            names |= targets.get(target).versions(precision=precision)
     python = {"edgewise": __version__, "python": platform.python_version()}
     return dict(sorted({**{k: v for k, v in names.items() if v is not None}, **python}.items()))
 

@@ -175,7 +175,7 @@ def open_source(
     if isinstance(src, (str, os.PathLike)):
         name, path = str(src), Path(src)
         if name.startswith("demo:"):
-            return _checked(_demo(name, preprocessing), ports)
+            return _demo(name, ports, dict(preprocessing or {}))
         if path.suffix.lower() in (".npz", ".safetensors") and not path.is_dir():
             return _checked(_split(name, arrays_of(path)), ports)
         from edgewise.calibration.files import open_files
@@ -191,14 +191,16 @@ def open_source(
     return Items("the data", items, ports)
 
 
-def _demo(name: str, preprocessing: Mapping[str, Any] | None) -> Arrays:
+def _demo(name: str, ports: Ports, preprocessing: Mapping[str, Any]) -> Source:
     short = name.removeprefix("demo:")
     if short not in demos.names():
         raise unknown("demo data", short, demos.names())
     split = demos.split(short)
-    if split is None:
-        raise InputError(f"{name} has images and questions, and no arrays: see edgewise.demos.scenes.examples")
-    return Arrays(name, as_pixels(split.inputs, preprocessing, name), split.labels)
+    if split is not None:
+        return _checked(Arrays(name, as_pixels(split.inputs, preprocessing, name), split.labels), ports)
+    from edgewise.calibration.drawn import Scenes
+
+    return Scenes(name, ports, preprocessing)
 
 
 def arrays_of(path: Path) -> dict[str, np.ndarray]:

@@ -49,7 +49,12 @@ def kind_of(shape: Shape) -> Kind | None:
 
 def load_image(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Media:
     """An image file as `shape (C, H, W)`: resized, cropped and normalised with the constants of the processor."""
-    array, notes = _pixels([_open(path)], shape[0], shape[-2:], preprocessing)
+    return load_picture(_open(path), shape, preprocessing)
+
+
+def load_picture(picture: Image.Image, shape: Shape, preprocessing: Mapping[str, Any]) -> Media:
+    """As `load_image`, of a picture that is there already."""
+    array, notes = _pixels([picture], shape[0], shape[-2:], preprocessing)
     return Media("image", array[0], (_shown(array[0], preprocessing),), notes=notes)
 
 

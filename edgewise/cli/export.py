@@ -32,7 +32,12 @@ def export(
         ),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", metavar="P", help="fp32, fp16, or another of `edgewise targets`. Default: fp32.")
+        str | None,
+        typer.Option(
+            "--precision",
+            metavar="P",
+            help="fp32, fp16, or another of `edgewise targets`; by component: w8a16,vision_encoder=w8a8. Default: fp32.",
+        ),
     ] = None,
     image_input: Annotated[
         bool | None,

@@ -10,7 +10,7 @@ from typing import Any
 from edgewise.bundle import Bundle
 from edgewise.errors import InputError
 from edgewise.runtime import load_pipeline
-from edgewise.targets import choose, runnable
+from edgewise.targets import choose, joined_labels, runnable
 from edgewise.verify.wer import read_spoken, word_errors
 
 Counter = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -32,10 +32,9 @@ def word_error_rates(
         )
     data = read_spoken(Path(src))[:most]
     scores = []
-    for target, precision in dict.fromkeys((a.target, a.precision) for a in runnable(choose(bundle, targets))[0]):
-        label = f"{target}/{precision}"
+    for target, label in joined_labels(runnable(choose(bundle, targets))[0]).items():
         with (
-            load_pipeline(bundle, target, precision, threads) as speech,
+            load_pipeline(bundle, target, threads=threads) as speech,
             counter(f"word error rate of {label}", len(data)) as count,
         ):
             said = []

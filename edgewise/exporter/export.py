@@ -33,6 +33,7 @@ from edgewise.exporter.digest import Weights, artifact_key
 from edgewise.exporter.half import rounded
 from edgewise.exporter.identity import code_digest
 from edgewise.exporter.image_input import eager_inputs, take_pixels
+from edgewise.exporter.precisions import DEFAULT, parse_precisions
 from edgewise.exporter.quantise import Data, Wish, gather, quantise
 from edgewise.exporter.quantise import check as check_wish
 from edgewise.exporter.recipe import Recipe
@@ -89,6 +90,8 @@ class Job:
     rungs: list[Rung] = field(default_factory=list)
     notes: tuple[str, ...] = ()
     wish: Wish = field(default_factory=Wish)
+    precision: str = DEFAULT
+    """Of the component that is built."""
     leaders: dict[str, Quantiser] = field(default_factory=dict)
     pixels: Pixels | None = None
     done: int = 0
@@ -105,12 +108,11 @@ class Job:
     @property
     def halves(self) -> bool:
         """Whether weights are rounded to half precision: what a quantised artifact does not quantise is stored in it, too."""
-        precision = self.recipe.precision
-        return precision == "fp16" or any(precision in target.quantises for target in self.chosen)
+        return self.precision == "fp16" or any(self.precision in target.quantises for target in self.chosen)
 
     def lowered_precision(self, target: Target) -> str:
         """What a program is lowered at; a quantised artifact is made of the lowered one."""
-        return target.quantises_from if self.recipe.precision in target.quantises else self.recipe.precision
+        return target.quantises_from if self.precision in target.quantises else self.precision
 
     def judge(self, *args: Any, **kwargs: Any) -> None:
         """Compare, and add the rung."""
@@ -162,7 +164,8 @@ def export(
         targets: names of targets. compress: one or more specs, such as `"tome:keep=0.5"`.
         compress_variants: other compressions, each as `"[NAME=]SPEC [+ SPEC]"` or `"none"`, which become further functions of the
             same artifacts and share their weights; see `edgewise.exporter.variants`.
-        precision: one that every target has: `fp32`, `fp16` (weights stored in half precision), `w8a8`, `w8a16`, `w4a16`.
+        precision: one that every target has: `fp32`, `fp16` (weights stored in half precision), `w8a8`, `w8a16`, `w4a16`; or by
+            the roles of components, `"w8a16,vision_encoder=w8a8"`.
         image_input: the artifacts take an image, pixels from 0 to 255, and do to it what the processor does after it resized.
         calibration: data for precisions that need some, see `edgewise.calibration.open_source`. Default: a demo's own.
         calibration_samples: the most samples that statistics are gathered of.
@@ -182,7 +185,8 @@ def export(
         parse_spec(spec)  # what is misspelt is said before the model is loaded
     others = (compress_variants,) if isinstance(compress_variants, str) else tuple(compress_variants)
     parse_variants(specs, others)
-    chosen = _targets(targets, precision, devices)
+    precisions = parse_precisions(precision)
+    chosen = _targets(targets, precisions.all, devices)
     if others:
         chosen = [target.for_functions() for target in chosen]
     if image_input:
@@ -193,7 +197,7 @@ def export(
         if count is not None and count < 1:
             raise InputError(f"{name}={count}: give 1 or more")
     drop = None if max_drop is None else parse_drop(max_drop)
-    wish = check_wish(Wish(calibration, calibration_samples, tuple(skip_quant), drop), precision, chosen, model)
+    wish = check_wish(Wish(calibration, calibration_samples, tuple(skip_quant), drop), precisions.all, chosen, model)
     if isinstance(model, str) and example is not None:
         raise InputError("example inputs go with a module; for a named model give input_shapes")
     if progress is not None:
@@ -232,7 +236,7 @@ def export(
     return write_bundle(out, lambda folder: _whole(job, folder))
 
 
-def _targets(names: Sequence[str], precision: str, devices: Sequence[str]) -> list[Target]:
+def _targets(names: Sequence[str], precisions: Sequence[str], devices: Sequence[str]) -> list[Target]:
     if not names:
         raise InputError(f"no target: give one or more of {', '.join(target_registry.names())}")
     found = [target_registry.get(name) for name in dict.fromkeys(names)]
@@ -242,8 +246,9 @@ def _targets(names: Sequence[str], precision: str, devices: Sequence[str]) -> li
     for target in found:
         if devices and target.ahead_of_time:
             target = target.for_devices(devices)
-        target.check_precision(precision)
-        target.check(precision=precision)
+        for precision in precisions:
+            target.check_precision(precision)
+            target.check(precision=precision)
         chosen.append(target)
     return chosen
 
@@ -279,11 +284,6 @@ def _whole(job: Job, folder: Path) -> Manifest:
             if job.recipe.image_input:
                 name = job.source.class_name
                 raise InputError(f"{name} becomes several components, whose inputs are arrays: leave --image-input out")
-            if job.wish.data is not None or job.wish.skip:
-                raise InputError(
-                    f"{job.source.class_name} becomes several components, which are not calibrated or quantised in part yet: give "
-                    "a precision without data, such as w8a16"
-                )
             return kind.build_pipeline(job, folder)
     if job.recipe.prompt_tokens or job.recipe.new_tokens:
         raise InputError(
@@ -330,6 +330,9 @@ def captured(job: Job) -> Program:
 
 def build_program(job: Job, program: Program, folder: Path) -> tuple[Manifest, Program]:
     """As `build_component`, of a program that is captured."""
+    role, precisions = program.role.partition(".")[0], parse_precisions(job.recipe.precision)
+    precisions.check([role])
+    job.precision = precisions.of(role)
     with tempfile.TemporaryDirectory(prefix="edgewise-") as place:
         return _make(job, program, folder, Path(place))
 
@@ -367,7 +370,7 @@ def _make(job: Job, program: Program, folder: Path, place: Path) -> tuple[Manife
 
 def _quantised(job: Job, low: Lowered, data: Data | None, samples: list[dict[str, Tensor]], folder: Path) -> Artifact:
     """The artifact of a lowered one: itself, or what is quantised of it, judged against it."""
-    precision = job.recipe.precision
+    precision = job.precision
     if low.artifact.precision == precision:
         return low.artifact
     place = folder / low.target.name
@@ -572,7 +575,7 @@ def _lower_all(
         if key not in legalised:
             legalised[key] = steps[target.name](stored).program
         precision = job.lowered_precision(target)
-        shipped = precision == job.recipe.precision
+        shipped = precision == job.precision
         root = folder if shipped else place
         # What is built for devices is built of the quantised artifact.
         maker = target if shipped else target.for_no_device()

@@ -43,16 +43,21 @@ class Wish:
     max_drop: float | None = None
 
 
-def check(wish: Wish, precision: str, targets: Sequence[Target], model: object) -> Wish:
-    """The wish, with the data of a demo where it has none and needs some. Raises `InputError` if it does not fit the precision."""
-    able = [target.name for target in targets if precision in target.quantises]
-    unable = [target.name for target in targets if precision not in target.quantises]
-    needed = bool(able) and (precision in NEED_DATA or wish.max_drop is not None)
+def needs_data(precision: str, targets: Sequence[Target]) -> bool:
+    """Whether one of the targets gathers statistics for a precision."""
+    return precision in NEED_DATA and any(precision in target.quantises for target in targets)
+
+
+def check(wish: Wish, precisions: Sequence[str], targets: Sequence[Target], model: object) -> Wish:
+    """The wish, with the data of a demo where it has none and needs some. Raises `InputError` if it does not fit the precisions."""
+    unable = [target.name for target in targets if not set(precisions) & set(target.quantises)]
+    precision = next((one for one in precisions if needs_data(one, targets)), precisions[0])
+    needed = needs_data(precision, targets) or (wish.max_drop is not None and len(unable) < len(targets))
     for given, name in ((wish.skip, "layers to skip"), (wish.max_drop is not None, "a largest drop")):
         if given and unable:
-            raise InputError(f"{name}: target {unable[0]} quantises no layers one by one at precision {precision}")
+            raise InputError(f"{name}: target {unable[0]} quantises no layers one by one at precision {' and '.join(precisions)}")
     if wish.data is not None and not needed:
-        raise InputError(f"precision {precision} takes no calibration data: it has no statistics to gather")
+        raise InputError(f"precision {' and '.join(precisions)} takes no calibration data: it has no statistics to gather")
     if wish.samples < 1:
         raise InputError(f"{wish.samples} calibration samples: give 1 or more")
     if needed and wish.data is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 
 from edgewise.errors import unknown
-from edgewise.targets.artifacts import choose, load, runnable
+from edgewise.targets.artifacts import choose, joined_labels, load, runnable
 from edgewise.targets.base import Requirement, Session, Target, Tolerance
 
 _TARGETS = {
@@ -38,4 +38,4 @@ def get(name: str) -> Target:
     return target
 
 
-__all__ = ["Requirement", "Session", "Target", "Tolerance", "choose", "get", "load", "names", "runnable"]
+__all__ = ["Requirement", "Session", "Target", "Tolerance", "choose", "get", "joined_labels", "load", "names", "runnable"]

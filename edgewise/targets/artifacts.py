@@ -54,6 +54,14 @@ def runnable(artifacts: Sequence[Artifact]) -> tuple[list[Artifact], dict[str, s
     return able, reasons
 
 
+def joined_labels(artifacts: Sequence[Artifact]) -> dict[str, str]:
+    """A short name for all components of each target: `openvino/fp16`, or `openvino/w8a8+w8a16` where their precisions differ."""
+    found: dict[str, list[str]] = {}
+    for one in artifacts:
+        found.setdefault(one.target, []).append(one.precision)
+    return {target: f"{target}/{'+'.join(dict.fromkeys(precisions))}" for target, precisions in found.items()}
+
+
 def load(bundle: Bundle, artifact: Artifact, *, threads: int | None = None) -> Session:
     """Load an artifact of a bundle. `threads` defaults to what the manifest says of the artifact.
 

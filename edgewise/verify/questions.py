@@ -13,7 +13,7 @@ from edgewise.bundle import Bundle
 from edgewise.demos import scenes
 from edgewise.errors import InputError
 from edgewise.runtime import GenerativePipeline, load_pipeline
-from edgewise.targets import choose, runnable
+from edgewise.targets import choose, joined_labels, runnable
 from edgewise.verify.data import Counter, uncounted
 from edgewise.verify.texts import plain, read_rows
 
@@ -65,10 +65,9 @@ def exact_match(
     """The share of questions that every target that can run here answers rightly: with the known answer, compared as `plain`."""
     asked = read_questions(src, most)
     scores = []
-    for target, precision in dict.fromkeys((a.target, a.precision) for a in runnable(choose(bundle, targets))[0]):
-        label = f"{target}/{precision}"
+    for target, label in joined_labels(runnable(choose(bundle, targets))[0]).items():
         with (
-            load_pipeline(bundle, target, precision, threads) as pipeline,
+            load_pipeline(bundle, target, threads=threads) as pipeline,
             counter(f"answers of {label}", len(asked)) as count,
         ):
             said = []

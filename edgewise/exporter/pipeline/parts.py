@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from edgewise.bundle.manifest import Manifest
 from edgewise.bundle.pipeline import CacheLayer, Pipeline
+from edgewise.errors import InputError
 from edgewise.exporter.capture import evaluating, quiet
 from edgewise.exporter.export import Job, build_component, finish
+from edgewise.exporter.precisions import parse_precisions
+from edgewise.exporter.quantise import Wish, needs_data
 from edgewise.exporter.sources import Source
 from edgewise.passes.cleanup import clean_up
 from edgewise.passes.flops import total_flops
@@ -33,13 +36,39 @@ class Build:
     programs: list[Program] = field(default_factory=list)
 
     order: ClassVar[tuple[str, ...]]
+    """The roles of the components. The first one takes the media, and so all that calibration data has."""
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` for precisions, data and layers that do not fit the components: before the model runs."""
+        precisions, wish, chosen = parse_precisions(self.job.recipe.precision), self.job.wish, self.job.chosen
+        precisions.check(self.order)
+        for role in self.order[1:]:
+            precision = precisions.of(role)
+            if needs_data(precision, chosen):
+                raise InputError(
+                    f"precision {precision} of {role} needs statistics, and calibration data is for {self.order[0]} alone: give "
+                    f"another one, as in --precision w8a16,{self.order[0]}={precision}"
+                )
+        if wish.max_drop is not None:
+            raise InputError("accuracy control (--max-drop) is for a model of one component")
+        for pattern in wish.skip:
+            role, slash, _ = pattern.partition("/")
+            if not slash or role not in self.order:
+                raise InputError(
+                    f"layers to skip {pattern!r}: this model has several components, so write ROLE/PATTERN with one of "
+                    f"{', '.join(self.order)}"
+                )
+            if not any(precisions.of(role) in target.quantises for target in chosen):
+                raise InputError(f"layers to skip {pattern!r}: {role} is not quantised, but {precisions.of(role)}")
 
     def component(self, role: str, source: Source, specs: Sequence[str] = ()) -> Program:
         """Export one component, as if it were all of a bundle."""
         whole = self.job
         source.role, source.name, source.class_name = role, whole.source.name, whole.source.class_name
-        recipe = whole.recipe.model_copy(update={"compress": tuple(specs)})
-        part = Job(recipe, source, whole.chosen, None, whole.cache, whole.weights)
+        source.preprocessing = whole.source.preprocessing
+        precision = parse_precisions(whole.recipe.precision).of(role)
+        recipe = whole.recipe.model_copy(update={"compress": tuple(specs), "precision": precision})
+        part = Job(recipe, source, whole.chosen, None, whole.cache, whole.weights, wish=self._wish(role, precision))
         turn = self.order.index(role)
         if whole.progress is not None:
             tell, steps = whole.progress, len(self.order)
@@ -48,6 +77,12 @@ class Build:
         self.parts.append(manifest)
         self.programs.append(program)
         return program
+
+    def _wish(self, role: str, precision: str) -> Wish:
+        """What of the wish is for one component."""
+        wish = self.job.wish
+        skip = tuple(pattern.removeprefix(f"{role}/") for pattern in wish.skip if pattern.startswith(f"{role}/"))
+        return Wish(wish.data if needs_data(precision, self.job.chosen) else None, wish.samples, skip)
 
     def joined(self, seam: Rung, pipeline: Pipeline, model: nn.Module) -> Manifest:
         """One manifest of all components, with `seam`, the rung that compares them with the whole model; writes what a bundle has
@@ -71,6 +106,7 @@ class Build:
                 "compress": self.job.recipe.compress,
                 "components": tuple(c for part in self.parts for c in part.components),
                 "pipeline": pipeline,
+                "calibration": next((part.calibration for part in self.parts if part.calibration is not None), None),
                 "preprocessing": self.job.source.preprocessing,
                 "targets": tuple(a for part in self.parts for a in part.targets),
                 "verification": tuple(rungs),

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgewise.errors import InputError
 from edgewise.targets.base import layer_name, layer_of
 from edgewise.targets.half import as_half
@@ -72,6 +74,24 @@ def halve(model: Any) -> None:
         for node in graph.get_ops():
             if node.get_type_name() == "Convert" and node.get_friendly_name() in kept:
                 node.output(0).replace(kept[node.get_friendly_name()].output(0))
+    # It leaves out what such devices, too, compute in single precision. That may be stored in half, if it is computed as before.
+    for graph in graphs(model):
+        for node in graph.get_ops():
+            if node.get_type_name() == "Constant" and node.get_element_type().to_string() == "f32":
+                half = as_half(node.data)
+                if half is not None:
+                    _widened(node, half)
+
+
+def _widened(constant: Any, half: np.ndarray) -> None:
+    """Put a constant in half precision, and what widens it again, in the place of one."""
+    from openvino import opset13 as opset
+
+    stored = opset.constant(half)
+    wide = opset.convert(stored, "f32")
+    wide.set_friendly_name(constant.get_friendly_name())
+    stored.set_friendly_name(constant.get_friendly_name() + "_compressed")
+    constant.output(0).replace(wide.output(0))
 
 
 def graphs(model: Any) -> Iterator[Any]:
