@@ -53,6 +53,8 @@ class Source(ABC):
     name: str
     labelled: bool = False
     texts: bool = False
+    unlabelled = "an array 'labels', a column 'label', or a folder for each class"
+    """What data of this kind that has no labels lacks, for messages."""
     notes: tuple[str, ...] = ()
 
     @abstractmethod

@@ -24,6 +24,7 @@ class Scenes(Source):
     notes: tuple[str, ...] = ()
     labelled: bool = False
     texts: bool = False
+    unlabelled = "it has questions, which a model that answers them is measured on"
 
     def __post_init__(self) -> None:
         if len(self.ports) != 1 or any(kind_of(port.shape) != "image" for port in self.ports.values()):

@@ -92,7 +92,7 @@ def accuracy(
             ports = {info.name: Port(info.shape, info.dtype) for info in component.inputs}
             source = open_source(src, ports, bundle.manifest.preprocessing)
             if not source.labelled:
-                raise InputError(f"{src} has no labels: an array 'labels', a column 'label', or a folder for each class")
+                raise InputError(f"{src} has no labels: {source.unlabelled}")
             known[artifact.role] = survey(source, ports, spread(len(source), len(source) if most is None else most))
             for note in known[artifact.role].notes:
                 say(f"note: {note}")
