@@ -18,9 +18,9 @@ SAVED_AS_OTHERS = {"write_state"}
 NOT_KNOWN = {
     # Random numbers have no result to be checked.
     *("random_bernoulli", "random_categorical", "random_normal", "random_uniform"),
-    # Lists that grow, and sampling of images: none of the models that were tried has them.
+    # Lists that grow, and boxes of images: none of the models that were tried has them.
     *("list_gather", "list_length", "list_read", "list_scatter", "list_write", "make_list"),
-    *("affine", "crop", "crop_resize", "non_maximum_suppression", "resample", "conv_quantized"),
+    *("affine", "crop_resize", "non_maximum_suppression", "conv_quantized"),
     "_const_symbolic",
 }
 
@@ -29,6 +29,21 @@ def test_every_op_of_coremltools_is_known_or_listed() -> None:
     assert sorted(set(SSAOpRegistry.core_ops) - set(OPS) - NOT_KNOWN) == []
     assert sorted(set(OPS) - set(SSAOpRegistry.core_ops) - SAVED_AS_OTHERS) == []
     assert sorted(NOT_KNOWN & set(OPS)) == []
+
+
+LOWERED = """
+add reshape transpose matmul cast linear concat conv layer_norm gelu mul softmax expand_dims slice_by_index reduce_max equal
+reduce_l2_norm real_div reduce_argmax tile reduce_sum squeeze topk scaled_dot_product_attention select split scatter
+scatter_along_axis read_state coreml_update_state write_state greater_equal gather cos sin pow reduce_mean rsqrt slice_update
+silu logical_not fill_like gather_along_axis quantize dequantize argsort sigmoid greater scatter_nd sub
+constexpr_affine_dequantize constexpr_blockwise_shift_scale constexpr_lut_to_dense constexpr_sparse_to_dense
+constexpr_sparse_blockwise_shift_scale crop resample conv_transpose
+"""
+"""What packages of the families, of the tools that compress weights, and of decoders with states were seen to have."""
+
+
+def test_what_packages_have_is_known() -> None:
+    assert sorted(set(LOWERED.split()) - set(OPS) - {"coreml_update_state"}) == []
 
 
 @pytest.mark.parametrize("name", sorted(set(OPS) - SAVED_AS_OTHERS))

@@ -291,6 +291,35 @@ def test_coremltools_opens_the_package(tmp_path: Path) -> None:
     assert json.loads(spec.description.metadata.userDefined["edgewise.ports"])["inputs"][0]["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "w8a16", "w8a16-palette", "w4a16"])
+def test_inputs_and_outputs_have_the_type_of_the_arithmetic(precision: str, tmp_path: Path) -> None:
+    """In the description and in the program alike, so that no cast stands between; whole numbers and truth values are int32."""
+    from edgewise.targets.coreml.package import Package
+
+    def expression(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        y = F.linear(x, torch.linspace(-1, 1, 64 * 32).reshape(64, 32))
+        return y, index + 1, y > 0, y.sum()
+
+    one = case(Written(expression), torch.randn(4, 32), torch.arange(4))
+    package = Package.open(lowered(one, tmp_path, precision)[0].parent)
+    description, function = package.model.description, package.model.mlProgram.functions["main"]
+    (block,) = function.block_specializations.values()
+    half = precision != "fp32"
+    fp, codes = (65552, (10,)) if half else (65568, (11,))  # FLOAT16 and FLOAT32, of features and in the program
+    features = {f.name: f.type.multiArrayType.dataType for f in (*description.input, *description.output)}
+    assert features == {"i0": fp, "i1": 131104, "o0": fp, "o1": 131104, "o2": 131104, "o3": fp}
+    assert {one.name: one.type.tensorType.dataType for one in function.inputs} == {"i0": codes[0], "i1": 23}
+    made = {out.name: out.type.tensorType.dataType for op in block.operations for out in op.outputs}
+    assert (made["o0"], made["o1"], made["o3"]) == (codes[0], 23, codes[0])
+    casts = [op for op in block.operations if op.type == "cast"]
+    assert not [op for op in casts if {"i0", "o0", "o3"} & {*(a.arguments[0].name for a in op.inputs.values()), op.outputs[0].name}]
+    with targets.get("coreml").load([package.path / "Manifest.json"]) as session:
+        outputs = session.run(one.feeds)
+    assert {name: str(array.dtype) for name, array in outputs.items()} == {
+        **{"o0": "float32", "o1": "int64", "o2": "bool", "o3": "float32"}
+    }
+
+
 def test_half_precision_halves_the_weights(tmp_path: Path) -> None:
     one = case(nn.Linear(512, 512), torch.randn(1, 512))
     sizes = [sum(p.stat().st_size for p in lowered(one, tmp_path / kind, kind)) for kind in ("fp32", "fp16")]

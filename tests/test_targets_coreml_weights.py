@@ -62,6 +62,7 @@ def operations(files: list[Path]) -> list[Any]:
     ("precision", "decibels", "share", "op", "count"),
     [
         ("w8a16", 38, 0.75, "constexpr_affine_dequantize", 5),
+        ("w8a16-palette", 35, 0.8, "constexpr_lut_to_dense", 5),
         ("w4a16", 18, 0.65, "constexpr_blockwise_shift_scale", 5),
     ],
 )
@@ -76,6 +77,55 @@ def test_weights_of_linear_layers_and_convolutions(
     assert sum(one.type == op for one in operations(files)) in (count - 1, count)
     again = lowered(one, tmp_path / "again", precision)
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
+
+
+def squares(weight: np.ndarray, values: np.ndarray) -> float:
+    """The sum of squares of the distance of each element to the nearest value, by looking at all."""
+    return float((np.abs(weight.reshape(-1, 1).astype(np.float64) - values.astype(np.float64)).min(1) ** 2).sum())
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "few values", "one", "some zeros", "two clusters", "odd shape"])
+def test_palettes(kind: str) -> None:
+    """As good as scikit-learn's k-means where that is installed; exact where there are few values; always the nearest value."""
+    from edgewise.targets.coreml.palettes import palette
+
+    rng = np.random.default_rng(0)
+    weight = {
+        "normal": rng.standard_normal((64, 48)),
+        "heavy tails": rng.standard_cauchy((64, 48)).clip(-1e4, 1e4),
+        "few values": rng.integers(-5, 6, (64, 48)) / 8,
+        "one": np.full((64, 48), 0.375),
+        "some zeros": np.where(rng.random((64, 48)) < 0.97, 0, rng.standard_normal((64, 48))),
+        "two clusters": rng.standard_normal((64, 48)) * 1e-3 + np.where(rng.random((64, 48)) < 0.5, -4, 4),
+        "odd shape": rng.standard_normal((7, 3, 5, 31)),
+    }[kind].astype(np.float16)
+    for size in (256, 16):
+        table, index = palette(weight, size)
+        assert table.shape == (size,) and table.dtype == weight.dtype and np.all(np.diff(table.astype(np.float64)) >= 0)
+        assert index.shape == (weight.size,) and index.dtype == np.uint8 and index.max() < size
+        ours = float(((table[index].astype(np.float64) - weight.reshape(-1)) ** 2).sum())
+        assert ours == pytest.approx(squares(weight, table), rel=1e-9, abs=0)
+        if len(np.unique(weight)) <= size:
+            assert ours == 0
+            continue
+        uniform = np.linspace(weight.min(), weight.max(), size)
+        assert ours <= squares(weight, uniform)
+        sklearn = pytest.importorskip("sklearn.cluster")
+        theirs = sklearn.KMeans(size, n_init=1, random_state=0).fit(weight.reshape(-1, 1).astype(np.float64)).inertia_
+        assert ours <= 1.1 * theirs + 1e-9
+
+
+def test_a_palette_that_is_not_the_nearest_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgewise.targets.coreml import weights
+
+    def wrong(weight: np.ndarray, size: int) -> Any:
+        table, index = right(weight, size)
+        return table, index[::-1].copy()
+
+    right = weights.palette
+    monkeypatch.setattr(weights, "palette", wrong)
+    with pytest.raises(InputError, match=r"did not quantise .* as it was told"):
+        lowered(mixed(), tmp_path, "w8a16-palette")
 
 
 def by_palettes(model: Any, kinds: tuple[str, ...] | None) -> Any:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-TOLERANCES = {"fp16": (2e-2, 1e-2), "w8a16": (0.1, 0.05), "w4a16": (0.5, 0.2)}
+TOLERANCES = {"fp16": (2e-2, 1e-2), "w8a16": (0.1, 0.05), "w8a16-palette": (0.1, 0.05), "w4a16": (0.5, 0.2)}
 """Largest relative error, and how near two scores may be to change places. Half precision rounds at each op to 2^-11: models of a
 dozen blocks were seen at 1e-3 to 5e-3. The error of quantised weights is for the most part that of the weights, whose own values
 the lowering checks; how much of it a model bears, its accuracy tells (`edgewise verify --data`)."""
@@ -27,8 +27,8 @@ _OPS = (
 class CoreML(Target):
     """An `.mlpackage` with an ML Program. With `fp16` weights and arithmetic are half precision, as the Neural Engine
     needs it, and so are inputs and outputs of the package; a session takes and gives what the program does. `w8a16` and
-    `w4a16` store the weights of linear layers and convolutions in 8 and 4 bits; the arithmetic is that of `fp16`. With `w8a8`
-    they compute in 8 bits."""
+    `w4a16` store the weights of linear layers and convolutions in 8 and 4 bits, `w8a16-palette` as 8-bit indices into a palette of
+    each weight; the arithmetic is that of `fp16`. With `w8a8` they compute in 8 bits."""
 
     name = "coreml"
     description = "Core ML package for iPhones, iPads and Macs"
@@ -38,7 +38,7 @@ class CoreML(Target):
         Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="export", runtime=False),
         Requirement("protobuf", minimum="4.25.0", tested="7.36.2", extra="coreml"),
     )
-    precisions = ("fp32", "fp16", "w8a16", "w8a8", "w4a16")
+    precisions = ("fp32", "fp16", "w8a16", "w8a16-palette", "w8a8", "w4a16")
     quantises = ("w8a8",)
     quantises_from = "fp16"
     realisations = dict.fromkeys(_OPS, ("sort_free",))

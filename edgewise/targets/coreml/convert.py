@@ -31,6 +31,13 @@ _TO_BATCH_NORM = "common::fuse_elementwise_to_batchnorm"
 of one: the product becomes 5e-6 smaller."""
 
 
+_MISREAD = {
+    *(torch.ops.aten._upsample_bilinear2d_aa.default, torch.ops.aten._upsample_bilinear2d_aa.vec),
+    *(torch.ops.aten._upsample_bicubic2d_aa.default, torch.ops.aten._upsample_bicubic2d_aa.vec),
+}
+"""Ops that the frontend has a rule for, and reads as others: it resizes without the filter against aliases."""
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep coremltools' notes about itself (it cannot predict on Linux, torch is new) and its bars from the user."""
@@ -53,7 +60,7 @@ def reads(node: Node) -> bool:
     from coremltools.converters.mil.frontend.torch import ops as _ops  # noqa: F401 (it registers the rules)
     from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
 
-    return _TORCH_OPS_REGISTRY.get_func(_kind(node)) is not None
+    return node.target not in _MISREAD and _TORCH_OPS_REGISTRY.get_func(_kind(node)) is not None
 
 
 def _kind(node: Node) -> str:

@@ -94,7 +94,7 @@ _MEMORY = {"device", "layout", "pin_memory", "memory_format", "generator", "non_
 
 
 _WHOLE = {
-    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.cosine_similarity.default),
+    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default),
     *(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default),
 }
 """Ops whose rules want all arguments, defaults as well."""

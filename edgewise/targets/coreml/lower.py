@@ -19,6 +19,7 @@ FUNCTIONS = "iOS18"
 """The oldest system whose packages have several functions."""
 STATES = "iOS18"
 """The oldest system whose packages keep states, and have attention as one op."""
+PALETTES = "w8a16-palette"
 _BITS = {"w8a16": 8, "w4a16": 4}
 
 
@@ -45,7 +46,7 @@ def lower(
     from edgewise.targets.coreml.layout import lay_out
     from edgewise.targets.coreml.legal import legal
     from edgewise.targets.coreml.ports import ports
-    from edgewise.targets.coreml.weights import quantised
+    from edgewise.targets.coreml.weights import palettised, quantised
     from edgewise.targets.coreml.write import write_package
 
     half, deployment = precision != "fp32", FUNCTIONS if functions else DEPLOYMENT.get(precision, oldest)
@@ -63,6 +64,8 @@ def lower(
         model = to_model(to_mil(program, inputs, outputs, deployment), deployment, half, apart=tokens_last)
         if precision in _BITS:
             model = quantised(model, _BITS[precision])
+        elif precision == PALETTES:
+            model = palettised(model)
     return write_package(
         model, inputs, outputs, Path(folder) / f"{stem}.mlpackage", names if precision == "fp16" else None
     )

@@ -166,6 +166,23 @@ def _along(value: Node, index: Node, dim: int | None) -> Made:
     return along
 
 
+def _softplus(value: Node, beta: float, threshold: float) -> Made:
+    if threshold >= 20:  # where both are the same to single precision
+        return None
+    return lambda x: torch.where(x * beta > threshold, x, aten.softplus.default(x, beta))
+
+
+def _cosine(first: Node, second: Node, dim: int, epsilon: float) -> Made:
+    def norm(x: Tensor) -> Tensor:
+        return (x * x).sum(dim, keepdim=True).sqrt().clamp_min(epsilon)
+
+    def cosine(x: Tensor, y: Tensor | None = None) -> Tensor:
+        y = x if y is None else y
+        return ((x / norm(x)) * (y / norm(y))).sum(dim)
+
+    return cosine
+
+
 def _chunk(value: Node, chunks: int, dim: int) -> Made:
     sizes = [len(part) for part in torch.arange(value.meta["val"].shape[dim]).chunk(chunks)]
     return lambda x: aten.split_with_sizes.default(x, sizes, dim)
@@ -250,6 +267,9 @@ REWRITES: dict[Any, Callable[..., Made]] = {
     aten.full_like.default: _full_like(None),
     aten.argmax.default: _over_all(aten.argmax.default),
     aten.argmin.default: _over_all(aten.argmin.default),
+    aten.softplus.default: _softplus,
+    aten.cosine_similarity.default: _cosine,
+    aten.mT.default: lambda value: lambda x: x.transpose(-1, -2),
     aten.chunk.default: _chunk,
     aten.cat.default: _joined(aten.cat.default),
     aten.stack.default: _joined(aten.stack.default),

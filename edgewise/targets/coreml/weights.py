@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 
 from edgewise.errors import InputError
+from edgewise.targets.coreml.palettes import palette
 
 SMALLEST = 1024
 """Elements. What a smaller weight would save is less than its scales and its op cost."""
 BLOCKS = (32, 16)
 """Sizes of a block of inputs that share a scale at four bits: the first that divides the inputs of a layer."""
+PALETTE = 256
+"""Values of a palette."""
 _QUANTISED = ("linear", "conv")
 
 
@@ -32,26 +35,64 @@ def quantised(model: Any, bits: int, only: Collection[str] | None = None) -> Any
 
     found = {name: (weight, axis) for name, weight, axis in _weights(model._mil_program)}
     before = {name: one for name, one in found.items() if only is None or name in only}
-    others = {name: value for name, value in _constants(model._mil_program).items() if name not in before}
     steps = {name: _steps(weight, axis, bits) for name, (weight, axis) in before.items()}
     options: dict[str, Any] = {}
     for name, (_, block) in steps.items():
         kind = {"dtype": "int4", "granularity": "per_block", "block_size": block} if block else {"dtype": "int8"}
         options[name] = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=SMALLEST, **kind)
+    made, after = _compressed(model, optimize.linear_quantize_weights, options, "_quantized")
+    for name, (weight, _) in before.items():
+        allowed, _ = steps[name]
+        _check(name, name in after and bool(np.all(np.abs(after[name] - weight) <= allowed)))
+    return made
+
+
+def palettised(model: Any) -> Any:
+    """coremltools' model with each of these weights as a palette of 256 values and an index of 8 bits for each element.
+
+    Raises `InputError` if an element is not the value of its palette that is nearest to what it was, or any other constant is
+    something else than it was.
+    """
+    import coremltools.optimize.coreml as optimize
+
+    before = {name: weight for name, weight, _ in _weights(model._mil_program)}
+    one = optimize.OpPalettizerConfig(
+        mode="custom", lut_function=lambda weight: palette(weight, PALETTE), weight_threshold=SMALLEST
+    )
+    made, after = _compressed(model, optimize.palettize_weights, dict.fromkeys(before, one), "_palettized")
+    for name, weight in before.items():
+        values = np.unique(after[name]) if name in after else np.empty(0)
+        _check(name, 0 < len(values) <= PALETTE and bool(np.all(np.abs(after[name] - weight) <= _distance(weight, values))))
+    return made
+
+
+def _distance(weight: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """How far each element is from the nearest of some ascending values."""
+    right = np.clip(np.searchsorted(values, weight), 1, max(len(values) - 1, 1))
+    near = np.abs(weight - values[right - 1])
+    return np.minimum(near, np.abs(values[right] - weight)) if len(values) > 1 else near
+
+
+def _check(name: str, right: bool) -> None:
+    if not right:
+        raise InputError(f"target coreml: coremltools did not quantise {name} as it was told")
+
+
+def _compressed(model: Any, compress: Any, options: dict[str, Any], suffix: str) -> tuple[Any, dict[str, np.ndarray]]:
+    """The model after coremltools' `compress` with an option for each weight, and what the weights then are, by the names that they
+    had. Raises `InputError` if another constant was changed."""
+    import coremltools.optimize.coreml as optimize
+
     if not options:
-        return model
+        return model, {}
+    others = {name: value for name, value in _constants(model._mil_program).items() if name not in options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = optimize.linear_quantize_weights(model, optimize.OptimizationConfig(op_name_configs=options))
+        made = compress(model, optimize.OptimizationConfig(op_name_configs=options))
     for name, value in _constants(made._mil_program).items():
         if name in others and not np.array_equal(value, others[name], equal_nan=True):
             raise InputError(f"target coreml: coremltools changed the constant {name}, which was not to be quantised")
-    after = {name: weight for name, weight, _ in _weights(made._mil_program, suffix="_quantized")}
-    for name, (weight, _) in before.items():
-        allowed, _ = steps[name]
-        if name not in after or not np.all(np.abs(after[name] - weight) <= allowed):
-            raise InputError(f"target coreml: coremltools did not quantise {name} as it was told")
-    return made
+    return made, {name: weight for name, weight, _ in _weights(made._mil_program, suffix=suffix)}
 
 
 def _constants(program: Any) -> dict[str, np.ndarray]:
