@@ -186,20 +186,23 @@ def test_artifacts_take_turns(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -
     assert order == ["openvino", "onnxruntime"] * 3
 
 
-def test_a_stand_in_leaves_when_it_has_enough(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others go on, and ratios to it are of the rounds that it took part in."""
+@pytest.mark.parametrize(("stand_in", "seconds"), [("something else", 1.0), (None, 125.0)])
+def test_who_keeps_others_waiting_leaves(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, stand_in: str | None, seconds: float
+) -> None:
+    """A stand-in when it has enough, and what is slower by orders. The others go on, and ratios are of the rounds of both."""
     turns: list[str] = []
     once, prepared = runner._Run.once, runner._prepared
 
     def spy(run: runner._Run) -> None:
         turns.append(run.artifact.target)
-        run.spent += 1.0 if run.artifact.target == "onnxruntime" else 0.25
+        run.spent += seconds if run.artifact.target == "onnxruntime" else 0.25
         once(run)
 
     def prepare(*args: Any) -> runner._Run:
         run = prepared(*args)
         if run.artifact.target == "onnxruntime":
-            run.session.stand_in = "something else"
+            run.session.stand_in = stand_in
         return run
 
     monkeypatch.setattr(runner._Run, "once", spy)

@@ -35,6 +35,8 @@ from edgewise.version import __version__
 Tell = Callable[[str], None]
 _TELL_EVERY = 2.0
 """Seconds."""
+_COMPANION = 100
+"""How many times the least duration an artifact runs beside others that need longer for their samples."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ class _Run:
 
     def done(self, plan: _Plan) -> bool:
         return len(self.times) >= plan.samples and self.spent >= plan.seconds
+
+    def leaves(self, plan: _Plan) -> bool:
+        """Whether it is done, and no companion of the others any more: it is slower by orders, or a stand-in, whose times say
+        nothing of a device. It keeps nobody waiting."""
+        return self.done(plan) and (self.session.stand_in is not None or self.spent >= _COMPANION * plan.seconds)
 
 
 @dataclass(frozen=True)
@@ -216,13 +223,12 @@ def _measured(pairs: Sequence[tuple[Bundle, Artifact]], plan: _Plan) -> Iterator
 
 def _take_turns(runs: Sequence[_Run], plan: _Plan, heat: list[tuple[float, str] | None]) -> None:
     told = time.perf_counter()
-    turns, stand_ins = list(runs), any(run.session.stand_in is not None for run in runs)
+    turns = list(runs)
     while not all(run.done(plan) for run in runs):
         # Those that have enough samples go on, for as long as others need them as their companions.
         for run in turns:
             run.once()
-        if stand_ins:  # but a stand-in, whose times say nothing of a device, may be slower by orders, and keeps nobody waiting
-            turns = [run for run in turns if run.session.stand_in is None or not run.done(plan)]
+        turns = [run for run in turns if not run.leaves(plan)]
         if time.perf_counter() - told > _TELL_EVERY:
             left = [one for one in runs if not one.done(plan)]
             if left:
