@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import build
 from tiny_programs import CASES, Case, Unknown, case
+from torch import Tensor, nn
 
 import edgewise
 from edgewise import targets
@@ -75,6 +76,22 @@ def test_a_compressed_model_agrees_with_the_core_ml_interpreter(
     for name, value in results[0].items():
         errors = compare(results[1][name], value)
         assert errors.relative is not None and errors.relative <= most
+
+
+class Spread(nn.Module):
+    """Deviations, of which coreai-torch has no rule; `vidcom2` needs them."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.var(1), x.std((0, 2), keepdim=True), x.var(), x.var(-1, correction=0), torch.var_mean(x, 1)[0]
+
+
+def test_deviations(tmp_path: Path) -> None:
+    one = case(Spread(), torch.randn(2, 5, 3) + 4)
+    with targets.get("coreai").load(lowered(one, tmp_path)) as session:
+        outputs = session.run(one.feeds)
+    for name, expected in one.expected.items():
+        assert outputs[name].shape == expected.shape
+        np.testing.assert_allclose(outputs[name], expected, rtol=1e-5)
 
 
 def test_half_precision_halves_weights_and_ports(tmp_path: Path) -> None:

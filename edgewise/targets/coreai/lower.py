@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import random
 import shutil
 import warnings
@@ -42,7 +43,7 @@ def lower(
         inputs, outputs = ports(program, input_names, output_names, half=precision == "fp16")
         if precision == "fp16":
             program = halved(program)
-        program = program.run_decompositions(get_decomp_table())
+        program = program.run_decompositions({**get_decomp_table(), **_variances()})
         for node in program.graph.nodes:
             if node.target is torch.ops.aten.isnan.default:
                 # The one number that is not itself.
@@ -70,6 +71,25 @@ def lower(
     _undated(place / METADATA)
     files = sorted(path for path in place.rglob("*") if path.is_file())
     return sorted(files, key=lambda path: path != place / METADATA)
+
+
+def _variances() -> dict[Any, Any]:
+    """What takes apart the ops that give a variance."""
+    import torch
+
+    def with_mean(x: Any, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
+        mean = x.mean(list(dim) if dim else list(range(x.ndim)), keepdim=keepdim)
+        return _variance(x, dim, correction=correction, keepdim=keepdim), mean
+
+    return {torch.ops.aten.var.correction: _variance, torch.ops.aten.var_mean.correction: with_mean}
+
+
+def _variance(x: Any, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
+    """What `var` computes, for which coreai-torch has no rule."""
+    axes = list(dim) if dim else list(range(x.ndim))
+    centred = x - x.mean(axes, keepdim=True)
+    count = math.prod(x.shape[axis] for axis in axes)
+    return (centred * centred).sum(axes, keepdim=keepdim) / (count - (1 if correction is None else correction))
 
 
 @contextlib.contextmanager
