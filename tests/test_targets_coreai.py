@@ -101,6 +101,62 @@ def test_half_precision_halves_weights_and_ports(tmp_path: Path) -> None:
     assert half < 0.75 * full
 
 
+class Weighted(nn.Module):
+    """Layers, one of them with an output of zeros and one whose inputs no block divides, and a table that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.up, self.down = nn.Conv2d(3, 64, 4, 4), nn.Linear(64, 256), nn.Linear(256, 64)
+        self.places = nn.Buffer(torch.arange(64.0 * 64).reshape(64, 64) / 2**10)
+        with torch.no_grad():
+            self.up.weight[3] = 0
+            self.up.weight[4] *= 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return self.down(torch.relu(self.up(x))) @ self.places
+
+
+def stored(weight: Tensor, bits: int) -> Tensor:
+    """The weight as symmetric whole numbers leave it: one scale for each output, or for 32 inputs of it at 4 bits."""
+    block = 32 if bits == 4 and weight.shape[1] % 32 == 0 else weight.shape[1]
+    most = 7 if bits == 4 and block == 32 else 127
+    made = weight.clone()
+    for row in made:
+        for start in range(0, len(row), block):
+            part = row[start : start + block]
+            scale = float(np.float16(float(part.abs().max()) / most)) or 1.0
+            part.copy_((part / scale).round().clamp(-most, most) * scale)
+    return made
+
+
+@pytest.mark.parametrize(("precision", "bits", "share"), [("w8a16", 8, 0.55), ("w4a16", 4, 0.4)])
+def test_weights_of_layers_alone_are_stored_in_few_bits(precision: str, bits: int, share: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Weighted().eval()
+    one = case(model, torch.randn(2, 3, 16, 16))
+    files = lowered(one, tmp_path / precision, precision)
+    half = lowered(one, tmp_path / "fp16", "fp16")
+    assert sum(f.stat().st_size for f in files) < share * sum(f.stat().st_size for f in half)
+    for layer in (model.patches, model.up, model.down):
+        layer.weight.data = stored(layer.weight.data, bits)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(next(iter(one.feeds.values())))).numpy()
+    with targets.get("coreai").load(files) as session:
+        (found,) = session.run(one.feeds).values()
+    errors = compare(expected, found)
+    assert errors.relative is not None and errors.relative <= 5e-3
+    (name,) = one.expected
+    assert compare(one.expected[name], expected).relative > 5e-3 or bits == 8  # type: ignore[operator]
+
+
+def test_a_compressed_model_of_few_bits_passes_its_checks(tmp_path: Path) -> None:
+    model, inputs = build("vit", small=True)
+    spec = "tome@encoder.block[1]:r=9"
+    bundle = edgewise.export(model, tmp_path / "b", example=inputs, targets=["coreai"], compress=spec, precision="w4a16")
+    assert [rung.passed for rung in bundle.manifest.verification if rung.kind == "lowering"] == [True]
+
+
 def test_the_same_program_gives_the_same_bytes(tmp_path: Path) -> None:
     """In one process: the compiler names weights by hashes that it seeds anew in each."""
     first = lowered(program("block"), tmp_path / "a")

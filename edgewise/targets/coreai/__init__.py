@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgewise.targets.base import Requirement, Session, Target, Tolerance
+from edgewise.targets.coreml import TOLERANCES
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -18,8 +19,9 @@ _OPS = (
 
 
 class CoreAI(Target):
-    """An `.aimodel`; with `fp16` weights, arithmetic, inputs and outputs are half precision. Sorts and scatters with
-    sums have no rule there, so that compression is sort-free."""
+    """An `.aimodel`; with `fp16` weights, arithmetic, inputs and outputs are half precision, and with `w8a16` and `w4a16` the
+    weights of linear layers and convolutions are stored in 8 and 4 bits. Sorts and scatters with sums have no rule there, so that
+    compression is sort-free."""
 
     name = "coreai"
     description = "Core AI model for iOS 27 and macOS 27, run here by Apple's runtime on the CPU"
@@ -29,12 +31,12 @@ class CoreAI(Target):
         Requirement("coreai-torch", minimum="0.4.3", tested="0.4.3", extra="coreai-export", runtime=False),
         Requirement("torch", minimum="2.9.0", tested="2.13.0", extra="coreai-export", runtime=False),
     )
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", "w8a16", "w4a16")
     realisations = dict.fromkeys(_OPS, ("sort_free",))
 
     def tolerance(self, precision: str) -> Tolerance:
-        # Half precision rounds at each op: see the target coreml.
-        return Tolerance(2e-2, 1e-2) if precision == "fp16" else Tolerance()
+        # As of the target coreml, which rounds at each op, and has the same weights in 8 bits.
+        return Tolerance(*TOLERANCES[precision]) if precision in TOLERANCES else Tolerance()
 
     def lower(
         self,

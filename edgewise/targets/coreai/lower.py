@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 METADATA = "metadata.json"
+_BITS = {"w8a16": 8, "w4a16": 4}
 
 
 def lower(
@@ -39,9 +40,12 @@ def lower(
         from coreai_torch.debugging.debug_info import strip_debug_info
 
         from edgewise.targets.coreai.half import halved
+        from edgewise.targets.coreai.weights import in_bits
 
-        inputs, outputs = ports(program, input_names, output_names, half=precision == "fp16")
-        if precision == "fp16":
+        inputs, outputs = ports(program, input_names, output_names, half=precision != "fp32")
+        if precision in _BITS:
+            program = in_bits(program, _BITS[precision])
+        if precision != "fp32":
             program = halved(program)
         program = program.run_decompositions({**get_decomp_table(), **_variances()})
         for node in program.graph.nodes:

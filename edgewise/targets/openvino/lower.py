@@ -182,7 +182,7 @@ def _keep_ties(model: Any) -> None:
     """Let each TopK give equal values in the order of their indices. The frontend leaves it open, but for a stable sort."""
     from openvino import opset13 as opset
 
-    for node in model.get_ordered_ops():
+    for node in [node for graph in graphs(model) for node in graph.get_ordered_ops()]:
         known = node.get_attributes() if node.get_type_name() == "TopK" else {}
         if not known or known.get("stable"):
             continue
