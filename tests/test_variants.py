@@ -14,6 +14,7 @@ from tiny_encoder import Encoder
 import edgewise
 from edgewise import targets
 from edgewise.bench import bench
+from edgewise.bench.ratios import nearest
 from edgewise.errors import CheckFailed, InputError
 from edgewise.exporter.variant_specs import parse_variants
 from edgewise.targets.coreml.package import HEADER, Package
@@ -162,6 +163,15 @@ def test_verbs_take_one_function(bundle: Path, cli: Cli, tmp_path: Path) -> None
     assert wrong.code == 2 and "unknown function of this bundle 'al': did you mean 'all'?" in wrong.err
     both = cli("run", bundle, "--function", "all", "--role", "vision_encoder", "--inputs", tmp_path / "x.npz")
     assert both.code == 2 and "give one of them" in both.err
+
+
+def test_a_function_is_held_to_its_own_compression_or_else_to_that_of_its_model(bundle: Path) -> None:
+    main, fast, whole = edgewise.Bundle.open(bundle).manifest.targets
+    alone = main.model_copy(update={"function": None, "target": "openvino"})
+    assert [one.base_role for one in (main, fast, whole, alone)] == ["vision_encoder"] * 4
+    assert nearest(fast, [alone]) == alone and nearest(alone, [fast, main]) == main
+    assert nearest(fast, [main, whole, fast, alone]) == fast and nearest(fast, [alone, main, whole]) == main
+    assert nearest(fast, [alone.model_copy(update={"role": "projector"})]) is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewise.bench import compare
+from edgewise.bench.ratios import nearest
 from edgewise.bench.record import Interval
 from edgewise.builder.scores import Scores
 from edgewise.bundle import Artifact, Bundle, Manifest
@@ -124,12 +125,6 @@ def _accuracy(bundle: Bundle, source: str, most: int | None, threads: int | None
     wholes = joined_labels(bundle.manifest.targets)
     labels = {artifact.label: wholes[artifact.target] for artifact in bundle.manifest.targets}
     return {label: matches[whole] for label, whole in labels.items() if whole in matches}
-
-
-def nearest(one: Artifact, others: Sequence[Artifact]) -> Artifact | None:
-    """The artifact of the same role that is most alike: of the same target, and then of the same precision."""
-    alike = [other for other in others if other.role == one.role]
-    return max(alike, key=lambda other: (other.target == one.target, other.precision == one.precision), default=None)
 
 
 def _known(name: str, manifest: Manifest, artifact: Artifact) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from edgewise.verify.ladder import Rung
 FORMAT = "edgewise-bundle"
 SCHEMA_VERSION: Final = 5
 """Goes up with every new key, as older readers refuse keys that they do not know. All lower versions are read: new keys have
-defaults. 2: `notes`. 3: `pipeline`. 4: `calibration`, `quantisation`. 5: `variant_of`, `function`."""
+defaults. 2: `notes`. 3: `pipeline`. 4: `calibration`, `quantisation`. 5: `variant_of`, `function`, and
+`compress` of components."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -162,6 +163,11 @@ class Artifact(Strict):
     def label(self) -> str:
         """The artifact's short name, unique in its bundle: `openvino/vision_encoder/fp16`."""
         return f"{self.target}/{self.role}/{self.precision}"
+
+    @property
+    def base_role(self) -> str:
+        """The role of the component that this is one of several compressions of: `vision_encoder` of `vision_encoder.fast`."""
+        return self.role if self.function is None else self.role.removesuffix(f".{self.function}")
 
 
 class FileInfo(Strict):
