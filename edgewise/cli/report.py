@@ -31,7 +31,7 @@ def report(
 
     screen = Screen(json, quiet)
     measured: list[Record | Comparison] = []
-    scores: dict[str, float] = {}
+    scores: dict[tuple[str, str], float] = {}
     for path in records:
         found = _read(path)
         if isinstance(found, dict):
@@ -46,8 +46,9 @@ def report(
     return Result({"report": str(out), "bytes": len(text.encode("utf-8"))})
 
 
-def _read(path: Path) -> Record | Comparison | dict[str, float]:
-    """What was measured; or, of a build, the accuracy of every artifact where it is known, by the artifact's digest."""
+def _read(path: Path) -> Record | Comparison | dict[tuple[str, str], float]:
+    """What was measured; or, of a build, the accuracy of every artifact where it is known, by the artifact's
+    name and digest."""
     from edgewise.bench.record import MAX_BYTES, read
     from edgewise.bundle.reader import read_bytes
     from edgewise.document import parse
@@ -59,4 +60,5 @@ def _read(path: Path) -> Record | Comparison | dict[str, float]:
     from edgewise.builder.gates import read_record
 
     figures = read_record(path).figures
-    return {one.digest: one.accuracy for one in figures if one.accuracy is not None and math.isfinite(one.accuracy)}
+    known = [(one, one.accuracy) for one in figures if one.accuracy is not None and math.isfinite(one.accuracy)]
+    return {(one.artifact, one.digest): accuracy for one, accuracy in known}

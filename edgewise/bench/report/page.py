@@ -5,12 +5,12 @@ It needs nothing from elsewhere and runs nothing: no scripts, and a policy that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from edgewise.bench.record import Comparison, Interval, Latency, Measurement, Record
 from edgewise.bench.report import svg
-from edgewise.bench.report.tradeoff import tradeoff
+from edgewise.bench.report.tradeoff import Scores, tradeoff
 from edgewise.verify.ladder import Rung
 from edgewise.verify.metrics import worst
 
@@ -43,8 +43,8 @@ ul.notes{padding-left:1.1rem;overflow-wrap:anywhere}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def page(documents: Sequence[Record | Comparison], scores: Mapping[str, float] | None = None) -> str:
-    """The page of these records and comparisons, as HTML. `scores`: accuracy on labelled data, by the digest of the artifact."""
+def page(documents: Sequence[Record | Comparison], scores: Scores | None = None) -> str:
+    """The page of these records and comparisons, as HTML. `scores`: accuracy on labelled data."""
     entries = [entry for document in documents for entry in _entries(document)]
     records = [record for _, record in entries]
     names = _names(entries)

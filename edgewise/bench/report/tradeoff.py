@@ -11,11 +11,12 @@ from edgewise.verify.ladder import Rung
 from edgewise.verify.metrics import worst
 
 Named = tuple[str, Measurement]
+Scores = Mapping[tuple[str, str], float]
+"""By the name and the digest of an artifact: the functions of one file share its digest."""
 
 
-def tradeoff(named: Sequence[Sequence[Named]], records: Sequence[Record], scores: Mapping[str, float]) -> Iterable[str]:
-    """The section. `named`: of every record its measurements with their names; `scores`: accuracy on labelled data, by the digest
-    of the artifact.
+def tradeoff(named: Sequence[Sequence[Named]], records: Sequence[Record], scores: Scores) -> Iterable[str]:
+    """The section. `named`: of every record its measurements with their names; `scores`: accuracy on labelled data.
 
     Only artifacts of the same model and role are held against one another. Those that a stand-in timed have no latency here.
     """
@@ -39,9 +40,9 @@ def tradeoff(named: Sequence[Sequence[Named]], records: Sequence[Record], scores
         yield f"<p class=sub>{note}</p>"
 
 
-def _measures(scores: Mapping[str, float]) -> list[tuple[str, Callable[[Measurement], float | None]]]:
+def _measures(scores: Scores) -> list[tuple[str, Callable[[Measurement], float | None]]]:
     return [
-        ("accuracy on labelled data", lambda one: scores.get(one.artifact_digest)),
+        ("accuracy on labelled data", lambda one: scores.get((one.artifact, one.artifact_digest))),
         ("cosine with the uncompressed model", lambda one: cosine(one.quality)),
     ]
 
