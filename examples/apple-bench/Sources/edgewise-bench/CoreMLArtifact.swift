@@ -2,16 +2,17 @@ import CoreML
 import CoreVideo
 import Foundation
 
-/// A Core ML package: compiled, loaded for some compute units, and run on zeros.
+/// A Core ML package, or one of its functions: compiled, loaded for some compute units, and run on zeros.
 struct CoreMLArtifact {
     let model: MLModel
     let compiled: URL
     let loadMilliseconds: Double
     let configuration: MLModelConfiguration
 
-    init(package: URL, units: MLComputeUnits) async throws {
+    init(package: URL, function: String?, units: MLComputeUnits) async throws {
         configuration = MLModelConfiguration()
         configuration.computeUnits = units
+        configuration.functionName = function
         compiled = try await MLModel.compileModel(at: package)
         _ = try await MLModel.load(contentsOf: compiled, configuration: configuration)
         let clock = ContinuousClock()
@@ -44,7 +45,8 @@ struct CoreMLArtifact {
     /// How many operations Core ML means to run on each unit; null where the model is no program.
     func placement() async throws -> [String: Int]? {
         let plan = try await MLComputePlan.load(contentsOf: compiled, configuration: configuration)
-        guard case .program(let program) = plan.modelStructure, let main = program.functions["main"] else { return nil }
+        guard case .program(let program) = plan.modelStructure, let main = program.functions[configuration.functionName ?? "main"]
+        else { return nil }
         var found: [String: Int] = [:]
         var pending = [main.block]
         while let block = pending.popLast() {

@@ -13,6 +13,7 @@ struct Manifest: Decodable {
         let role: String
         let precision: String
         let files: [String]
+        let function: String?
     }
 
     let edgewiseVersion: String

@@ -60,7 +60,7 @@ func measured(_ artifact: Manifest.Artifact, of manifest: Manifest, _ options: O
     ]
     let times: [Double]
     if folder.pathExtension == "mlpackage" {
-        let loaded = try await CoreMLArtifact(package: folder, units: options.units)
+        let loaded = try await CoreMLArtifact(package: folder, function: artifact.function, units: options.units)
         let inputs = try loaded.inputs()
         times = try await measure(options.timing) { _ = try await loaded.model.prediction(from: inputs) }
         values["warm_load_ms"] = loaded.loadMilliseconds
