@@ -88,6 +88,7 @@ KEYWORDS: dict[str, Expression] = {
     "rms_norm eps": lambda x: F.rms_norm(0.01 * x, (6,), eps=0.1),
     "normalize": lambda x: F.normalize(x, p=1, dim=0, eps=3.0),
     "cosine eps": lambda x: F.cosine_similarity(0.01 * x, x.flip(0), dim=1, eps=2.0),
+    "cosine spread": lambda x: F.cosine_similarity(x[:, None], x[:, :1], dim=1),
     "addmm": lambda x: torch.addmm(x[:, :4], x, x[:6, :4], beta=0.5, alpha=2.0),
     "baddbmm": lambda x: torch.baddbmm(heads(x)[0][:, :, :4], heads(x)[0], heads(x)[0].mT, beta=2, alpha=0.5),
     "addcmul": lambda x: torch.addcmul(x, x.flip(0), x, value=0.3),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from edgewise.passes.graph import shape_of
 from edgewise.passes.realisations import cast, descending_rank
 
 aten = torch.ops.aten
@@ -176,8 +177,11 @@ def _cosine(first: Node, second: Node, dim: int, epsilon: float) -> Made:
     def norm(x: Tensor) -> Tensor:
         return (x * x).sum(dim, keepdim=True).sqrt().clamp_min(epsilon)
 
+    shape = torch.broadcast_shapes(shape_of(first), shape_of(second))
+
     def cosine(x: Tensor, y: Tensor | None = None) -> Tensor:
-        y = x if y is None else y
+        # Norms and `dim` are those of the common shape.
+        x, y = (one if one.shape == shape else one.expand(shape) for one in (x, x if y is None else y))
         return ((x / norm(x)) * (y / norm(y))).sum(dim)
 
     return cosine
