@@ -156,6 +156,9 @@ def test_pixels_of_a_demo_come_back() -> None:
     assert found.min() == 0 and found.max() == 255 and np.array_equal(found, found.round())
     assert np.abs(known.normalised(found) - array).max() < 1e-3
     assert stated(json.loads(json.dumps(without_constants(constants, known)))) == known
+    for damaged in (1, {}, {**vars(known), "scale": 1}, {**vars(known), "bias": ["much"]}):
+        with pytest.raises(InputError, match="damaged image_input"):
+            stated({"image_input": damaged})
     with pytest.raises(InputError, match="not what the processor makes of pixels"):
         known.recovered(array * 0.9, "digits")
 

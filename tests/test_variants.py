@@ -151,6 +151,9 @@ def test_verbs_take_one_function(bundle: Path, cli: Cli, tmp_path: Path) -> None
     assert rung["name"] == label and rung["passed"]
     shown = cli("inspect", bundle, "--function", "tome_keep_0_5", "--json").document["manifest"]
     assert [one["compress"] for one in shown["components"]] == [[HALF]] and shown["compress"] == [HALF]
+    names = [rung["name"] for rung in shown["verification"]]
+    assert {"captured", "tome_keep_0_5: compressed", label, f"{label}, as a function"} <= set(names)
+    assert not [name for name in names if name == "compressed" or "all: " in name or ".all/" in name or "vision_encoder/" in name]
     record = bench(edgewise.Bundle.open(bundle), samples=1, seconds=0, cold=False, function="tome_keep_0_5")
     assert [one.artifact for one in record.measurements] == [label]
     every = bench(edgewise.Bundle.open(bundle), samples=2, seconds=0, cold=False)

@@ -75,11 +75,15 @@ def without_constants(preprocessing: Mapping[str, Any], pixels: Pixels) -> dict[
 
 
 def stated(preprocessing: Mapping[str, Any] | None) -> Pixels | None:
-    """The input that takes pixels, as the preprocessing says; None: there is none."""
+    """The input that takes pixels, as the preprocessing says; None: there is none. Raises `InputError` if it cannot be read."""
     known = (preprocessing or {}).get(KEY)
     if known is None:
         return None
-    return Pixels(known["name"], known["colour"], tuple(known["scale"]), tuple(known["bias"]))
+    try:
+        scale, bias = (tuple(float(one) for one in known[key]) for key in ("scale", "bias"))
+        return Pixels(known["name"], known["colour"], scale, bias)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the preprocessing has a damaged {KEY}, {known!r}: export the model anew") from error
 
 
 def as_pixels(arrays: Mapping[str, np.ndarray], preprocessing: Mapping[str, Any] | None, where: str) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgewise.passes.analysis import Stream
     from edgewise.passes.program import Program
     from edgewise.passes.query_modules import QueryModule
+    from edgewise.verify.ladder import Rung
 
 
 def inspect(
@@ -224,10 +225,17 @@ def _only(bundle: Bundle, function: str) -> Bundle:
     """The bundle as if it held nothing but one function."""
     from edgewise.targets import choose
 
+    known = {one.label: one.function for one in bundle.manifest.targets}
+
+    def function_of(rung: Rung) -> str | None:
+        """A rung of no artifact has the name of its function in front, but for the first one."""
+        name, colon, _ = rung.name.partition(": ")
+        return known.get(rung.name.split(",")[0]) or (name if colon else bundle.manifest.targets[0].function)
+
     artifacts = choose(bundle, function=function)
-    labels, roles = {one.label for one in artifacts}, {one.role for one in artifacts}
+    roles = {one.role for one in artifacts}
     components = tuple(one for one in bundle.manifest.components if one.role in roles)
-    rungs = tuple(one for one in bundle.manifest.verification if one.name.split(",")[0] in labels)
+    rungs = tuple(one for one in bundle.manifest.verification if one.kind == "capture" or function_of(one) == function)
     kept = {"components": components, "targets": tuple(artifacts), "verification": rungs, "compress": components[0].compress}
     return type(bundle)(bundle.path, bundle.manifest.model_copy(update=kept))
 

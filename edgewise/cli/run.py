@@ -102,9 +102,9 @@ def run(
     if role is not None and function is not None:
         raise InputError("--role and --function say which artifact to run: give one of them")
     if bundle.suffix == _PACKAGE:
-        session, role = _package(bundle, target, function or role, threads)
         if inputs is None:
             raise InputError(f"{bundle} is a package, which does not say how an image is resized: give --inputs")
+        session, role = _package(bundle, target, function or role, threads)
         feeds = load_data(inputs).inputs
     else:
         opened = Bundle.open(bundle)
