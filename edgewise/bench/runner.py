@@ -318,7 +318,7 @@ def _measurement(run: _Run, runs: Sequence[_Run], seen: _Seen) -> Measurement:
     artifact, manifest = run.artifact, run.bundle.manifest
     component = manifest.component(artifact.role)
     latency = summarise(run.times)
-    baseline = next(other for other in runs if _of(other) == _of(run))
+    baseline = next(other for other in runs if other.artifact.base_role == artifact.base_role)
     speedup, interval = (None, None) if baseline is run else ratio_of_medians(baseline.times, run.times)
     validity, reasons = judge_validity(
         latency,
@@ -365,11 +365,6 @@ def _measurement(run: _Run, runs: Sequence[_Run], seen: _Seen) -> Measurement:
         "stages": "the artifact is a single graph",
     }
     return found.model_copy(update={"unknown": {key: text for key, text in why.items() if getattr(found, key) is None}})
-
-
-def _of(run: _Run) -> str:
-    """The role that a run is of, whatever its compression."""
-    return run.bundle.manifest.component(run.artifact.role).variant_of or run.artifact.role
 
 
 def _stages(run: _Run) -> dict[str, Latency] | None:
