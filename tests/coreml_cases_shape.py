@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from coreml_cases import SMALL, X, case, f, i, u
+from coreml_cases import RNG, SMALL, X, case, f, i, u
 from torch.nn import functional as F
 
 SHAPE = [
@@ -245,4 +245,55 @@ RESIZE = [
     ),
 ]
 
-SHAPES = [*SHAPE, *INDEX, *QUANTISE, *RESIZE]
+PLACES = RNG.uniform(-1.6, 1.6, (2, 3, 7, 2)).astype(np.float32)
+"""Where images are sampled, some of it outside of them."""
+SAMPLE = [
+    case("crop", {"x": f(2, 3, 8, 5)}, lambda x: x[..., 1:6, 0:4], crop_height=[1, 2], crop_width=[0, 1]),
+    case("crop", {"x": f(3, 4, 4)}, lambda x: x[..., 3:, :], crop_height=[3, 0], crop_width=[0, 0]),
+    *(
+        case(
+            "resample",
+            {"x": f(2, 3, 8, 5), "coordinates": PLACES},
+            lambda x, coordinates, mode=mode, padding=padding, align=align, **_: F.grid_sample(
+                x, coordinates, mode, padding, align
+            ),
+            sampling_mode=mode,
+            # torch reflects about centres where corners are aligned, else about edges.
+            padding_mode={"zeros": "constant", "reflection": "reflection" if align else "symmetric"}.get(padding, padding),
+            padding_value=0.0,
+            coordinates_mode="normalized_minus_one_to_one",
+            align_corners=align,
+            half=False,  # it takes no coordinates in half precision
+            target="iOS15",
+        )
+        for mode in ("bilinear", "nearest")
+        for padding in ("zeros", "border", "reflection")
+        for align in (True, False)
+    ),
+    case(
+        "resample",
+        {"x": f(2, 3, 8, 5), "coordinates": (PLACES + 1) / 2},
+        lambda x, coordinates, **_: F.grid_sample(x - 1.5, coordinates * 2 - 1, align_corners=True) + 1.5,
+        sampling_mode="bilinear",
+        padding_mode="constant",
+        padding_value=1.5,
+        coordinates_mode="normalized_zero_to_one",
+        align_corners=True,
+        half=False,
+        target="iOS15",
+    ),
+    case(
+        "resample",
+        {"x": f(2, 3, 8, 5), "coordinates": i(5, 2, 3, 7, 2)},
+        lambda x, coordinates, **_: torch.stack([x[n, :, c[..., 1], c[..., 0]] for n, c in enumerate(coordinates.long())]),
+        sampling_mode="nearest",
+        padding_mode="constant",
+        padding_value=0.0,
+        coordinates_mode="unnormalized",
+        align_corners=True,
+        half=False,
+        target="iOS15",
+    ),
+]
+
+SHAPES = [*SHAPE, *INDEX, *QUANTISE, *RESIZE, *SAMPLE]
