@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -177,7 +178,7 @@ def _cosine(first: Node, second: Node, dim: int, epsilon: float) -> Made:
     def norm(x: Tensor) -> Tensor:
         return (x * x).sum(dim, keepdim=True).sqrt().clamp_min(epsilon)
 
-    shape = torch.broadcast_shapes(shape_of(first), shape_of(second))
+    shape = torch.Size(np.broadcast_shapes(shape_of(first), shape_of(second)))
 
     def cosine(x: Tensor, y: Tensor | None = None) -> Tensor:
         # Norms and `dim` are those of the common shape.
