@@ -1,6 +1,7 @@
 """Families and methods as Core ML packages and Core AI models: each run here, held to the program, and to each other.
 
-    python benchmarks/apple_matrix.py [--families] [--methods] [--real] [--precision fp16] [--target coreml-ane] [NAME ...]
+    python benchmarks/apple_matrix.py [--families] [--methods] [--real] [--precision fp16] [--target coreml-ane]
+                                      [--log FILE] [NAME ...]
 
 Families are those of `tests/families.py`, small ones or, with `--real`, at their published sizes and with real weights where they
 are at hand, each with `tome` and `topk`, exported whole: the ladder holds `fp32` to 1e-4 and `fp16` to 2e-2, at the same choices
@@ -8,17 +9,22 @@ where scores are too near to tell. Methods are those of `tests/tensorrt_cases.py
 layer, on the first of a few inputs without such a tie. Each row: the largest relative error of each artifact, and of the second
 against the first. Exits with 1 if anything failed: over its threshold, or further apart than 1e-5 (`fp32`; 1e-4 with `--real`) or
 2e-2 (`fp16`).
+
+Apple's runtime takes seconds for a run at `fp16` on a CPU: with `--log` each row is also appended to a file of JSON lines, and what
+is there and passed is not run again, so that the whole may be run in pieces, by name, or be stopped and started anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -124,6 +130,29 @@ def rows(given: argparse.Namespace) -> Iterator[tuple[Make, str, str]]:
                 yield from ((family, name, spec) for spec in SPECS)
 
 
+def logged(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Rows that were done before, by what they are of; the last one of each."""
+    if path is None or not path.exists():
+        return {}
+    return {row["of"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
+
+
+def measured(make: Make, name: str, spec: str, precision: str, chosen: list[str], real: bool) -> tuple[list[str], bool]:
+    """The cells of a row, and whether it failed. Raises what `pytest.skip` does where a folder of weights is missing."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    cells = ["-"] * (len(chosen) + 1)
+    failed = True
+    try:
+        errors, between, note = make(name, spec, precision, chosen, real)
+        cells = [f"{errors[target]:.1e}" for target in chosen] + ["-" if between is None else f"{between:.1e}"]
+        # Two artifacts that chose other tokens than each other are both right, where each was held to its own choices.
+        failed = "same choices" not in note and max(between or 0.0, *errors.values()) > most(precision, real)
+    except Exception as error:  # one row that fails, for whatever reason, is told, and the others are run
+        note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return [name, spec, precision, *cells, f"{time.perf_counter() - start:.0f}", ("failed: " if failed else "") + note], failed
+
+
 def main() -> int:
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -133,31 +162,29 @@ def main() -> int:
     parser.add_argument("--real", action="store_true", help="families at their published sizes")
     parser.add_argument("--precision", action="append", choices=PRECISIONS)
     parser.add_argument("--target", action="append", help="default: coreml and coreai; the first two are compared")
+    parser.add_argument("--log", type=Path, help="JSON lines: rows are appended, and those that passed are not run again")
     given = parser.parse_args()
     chosen = given.target or ["coreml", "coreai"]
     print(f"| program | compression | precision | {' | '.join(chosen)} | apart | seconds | |")
     print("|---" * (6 + len(chosen)) + "|", flush=True)
+    known = logged(given.log)
     done = bad = 0
     for make, name, spec in rows(given):
         for precision in given.precision or PRECISIONS:
-            torch.manual_seed(0)
-            start, note = time.perf_counter(), ""
-            cells = ["-"] * (len(chosen) + 1)
-            failed = True
-            try:
-                errors, between, note = make(name, spec, precision, chosen, given.real)
-                cells = [f"{errors[target]:.1e}" for target in chosen] + ["-" if between is None else f"{between:.1e}"]
-                limit = most(precision, given.real)
-                # Two artifacts that chose other tokens than each other are both right, where each was held to its own choices.
-                failed = "same choices" not in note and max(between or 0.0, *errors.values()) > limit
-            except (EdgewiseError, AssertionError) as error:
-                note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            except pytest.skip.Exception as error:  # a folder of weights is missing
-                print(f"| {name} | | | {error} |", flush=True)
-                break
-            done, bad = done + 1, bad + failed
-            text = [name, spec, precision, *cells, f"{time.perf_counter() - start:.0f}", ("failed: " if failed else "") + note]
-            print("| " + " | ".join(text) + " |", flush=True)
+            of = " ".join([make.__name__, name, spec, precision, *chosen, *["real"] * given.real])
+            row = known.get(of)
+            if row is None or row["failed"]:
+                try:
+                    cells, failed = measured(make, name, spec, precision, chosen, given.real)
+                except pytest.skip.Exception as error:
+                    print(f"| {name} | | | {error} |", flush=True)
+                    break
+                row = {"of": of, "cells": cells, "failed": failed}
+                if given.log is not None:
+                    with open(given.log, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+            done, bad = done + 1, bad + row["failed"]
+            print("| " + " | ".join(row["cells"]) + " |", flush=True)
     print(f"{done} programs on {', '.join(chosen)}: {bad} failed")
     return int(bad > 0)
 

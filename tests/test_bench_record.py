@@ -43,7 +43,7 @@ def test_records_validate_against_the_schemas(measured: Comparison) -> None:
 
 
 def test_the_schema_refuses_what_is_no_record(measured: Comparison) -> None:
-    for key, value in (("surprise", 1), ("host", None), ("schema_version", 3), ("measurements", {})):
+    for key, value in (("surprise", 1), ("host", None), ("schema_version", 4), ("measurements", {})):
         document = {**measured.records[0].model_dump(mode="json"), key: value}
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(document, schema("record.json"))
@@ -65,7 +65,7 @@ def test_a_record_of_version_1_is_read(measured: Comparison, tmp_path: Path) -> 
     for key in ("busy_cores", "throttling"):
         del document["protocol"][key]
     for one in document["measurements"]:
-        for key in ("artifact_bytes", "flops", "stand_in", "speedup_interval", "quality", "unknown"):
+        for key in ("artifact_bytes", "flops", "stand_in", "units", "speedup_interval", "quality", "unknown"):
             del one[key]
     document["schema_version"] = 1
     (tmp_path / "r.json").write_text(json.dumps(document), "utf-8")

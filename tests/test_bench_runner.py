@@ -162,7 +162,7 @@ def test_the_schema_is_json_and_closed() -> None:
     json.dumps(schema)
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert schema["additionalProperties"] is False
-    assert schema["properties"]["schema_version"]["enum"] == [1, 2]
+    assert schema["properties"]["schema_version"]["enum"] == [1, 2, 3]
 
 
 def test_one_target_has_no_companion(bundle: Bundle) -> None:

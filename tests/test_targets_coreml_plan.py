@@ -61,11 +61,15 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         compiled.append(model)
         return destination_path
 
+    def load_from_path(path: str, compute_units: Any) -> Any:
+        assert path.endswith(".mlmodelc") and compute_units.name == "ALL"
+        return plan
+
     plan = SimpleNamespace(model_structure=structure, get_compute_device_usage_for_mlprogram_operation=usage)
     assert set(vars(plan)) <= set(dir(compute_plan.MLComputePlan)), "coremltools has no such thing"
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(utils, "compile_model", compile_model)
-    monkeypatch.setattr(compute_plan.MLComputePlan, "load_from_path", lambda path: plan)
+    monkeypatch.setattr(compute_plan.MLComputePlan, "load_from_path", load_from_path)
     return compiled
 
 
@@ -86,7 +90,7 @@ def test_a_plan_that_core_ml_does_not_make(mac: list[str], tmp_path: Path, monke
 
     no_program = SimpleNamespace(model_structure=SimpleNamespace(program=None))
     with monkeypatch.context() as patch:
-        patch.setattr(compute_plan.MLComputePlan, "load_from_path", lambda path: no_program)
+        patch.setattr(compute_plan.MLComputePlan, "load_from_path", lambda path, compute_units: no_program)
         with pytest.raises(NoPlan, match="no function main"):
             placement(tmp_path / "m.mlpackage", "main")
     monkeypatch.setattr(utils, "compile_model", fail)

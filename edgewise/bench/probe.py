@@ -34,9 +34,9 @@ class Probed:
 NOT_PROBED = Probed(None, None, "not measured: it was left out")
 
 
-def probe(bundle: Bundle, artifact: Artifact, threads: int | None = None) -> Probed:
+def probe(bundle: Bundle, artifact: Artifact, threads: int | None = None, units: str | None = None) -> Probed:
     """Measure in a new process, which this process waits for. A process that fails gives the reason, and no error."""
-    request = {"bundle": str(bundle.path.resolve()), "artifact": artifact.label, "threads": threads}
+    request = {"bundle": str(bundle.path.resolve()), "artifact": artifact.label, "threads": threads, "units": units}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "edgewise.bench.probe"],
@@ -74,7 +74,7 @@ def main() -> None:
     artifact = next(one for one in bundle.manifest.targets if one.label == request["artifact"])
     drop_from_cache(bundle.file(name) for name in artifact.files)
     start = time.perf_counter()
-    with load(bundle, artifact, threads=request["threads"]) as session:
+    with load(bundle, artifact, threads=request["threads"], units=request["units"]) as session:
         cold = time.perf_counter() - start
         feeds = bundle.golden(artifact.role).feeds(0)
         for _ in range(_RUNS):

@@ -17,7 +17,7 @@ from edgewise.errors import InputError
 from edgewise.schema import Strict
 from edgewise.verify.ladder import Rung
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """Goes up with every new key. All lower versions are read: new keys have defaults."""
 
 Validity = Literal["valid", "semivalid", "invalid"]
@@ -100,6 +100,7 @@ class Measurement(Strict):
     - `artifact`: its label; `artifact_digest`: SHA-256 over the digests of its files in order; `artifact_bytes`: their size.
     - `flops`: of the component as it is, a multiply and an add counted as two.
     - `stand_in`: what ran the artifact, where it is not the runtime of the target.
+    - `units`: the compute units that the runtime was let use, where it lets one choose: `all`, `cpu`, `cpu-gpu` or `cpu-ane`.
     - `placement`: number of graph nodes by unit.
     - `cold_load_ms`: loading, the import of the runtime included, in a process of its own, with the files dropped from the
       system's cache where it allows that; `warm_load_ms`: a second load in the process that measures.
@@ -120,6 +121,7 @@ class Measurement(Strict):
     precision: str
     flops: Count | None = None
     stand_in: str | None = None
+    units: str | None = None
     runtime_versions: dict[str, str] = {}
     placement: dict[str, Count] | None = None
     cold_load_ms: float | None = None
@@ -146,7 +148,7 @@ class Record(Strict):
     """
 
     format: Literal["edgewise-benchmark"] = "edgewise-benchmark"
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
     edgewise_version: str
     bundle_digest: str
     model: str
@@ -177,7 +179,7 @@ class Comparison(Strict):
     """Bundles that were measured in one run, each artifact in turn with all the others."""
 
     format: Literal["edgewise-comparison"] = "edgewise-comparison"
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[2, 3] = SCHEMA_VERSION
     bundles: tuple[str, ...]
     records: tuple[Record, ...] = Field(min_length=1)
     ratios: tuple[Ratio, ...]

@@ -48,7 +48,12 @@ class _Plan:
     warmup: int
     threads: int | None
     cold: bool
+    units: str | None
     tell: Tell
+
+    def units_of(self, artifact: Artifact) -> str | None:
+        """The compute units that an artifact may use, where its target lets one choose."""
+        return self.units if get(artifact.target).has_units else None
 
 
 @dataclass
@@ -121,6 +126,7 @@ def bench(
     threads: int | None = None,
     cold: bool = True,
     function: str | None = None,
+    units: str | None = None,
     progress: Tell | None = None,
 ) -> Record:
     """Measure every artifact of `bundle` whose runtime is installed, on the golden inputs.
@@ -128,11 +134,12 @@ def bench(
     Each artifact gets `warmup` runs, and then at least `samples` runs and at least `seconds` seconds of runs,
     interleaved with the others. `threads` None leaves the number to the manifest, and then to the runtime. `cold`: load and run
     each in a process of its own, too, for the cold load and the peak memory.
-    `function`: only this one, of artifacts that hold several.
+    `function`: only this one, of artifacts that hold several. `units`: compute units that artifacts may use where the target lets
+    one choose, see `Target.for_units`.
     `progress` is called with a line at each step. An artifact that cannot run here is listed in `skipped`
     with the reason. Raises `MissingExtra` if none can run, and `InputError` for bad arguments.
     """
-    plan = _plan(samples, seconds, warmup, threads, cold, progress)
+    plan = _plan(samples, seconds, warmup, threads, cold, units, progress)
     artifacts, skipped = runnable(choose(bundle, targets, function))
     with _measured([(bundle, one) for one in artifacts], plan) as (runs, seen):
         return _record(bundle, runs, skipped, plan, seen, interleaved=len(runs) > 1)
@@ -148,6 +155,7 @@ def compare(
     threads: int | None = None,
     cold: bool = True,
     function: str | None = None,
+    units: str | None = None,
     progress: Tell | None = None,
 ) -> Comparison:
     """Measure several bundles in one run, all artifacts of all of them in turn, and compare with the first bundle.
@@ -155,7 +163,7 @@ def compare(
     Arguments and errors are those of `bench`; of a bundle without some of the targets the others are taken. Artifacts are
     compared with what is nearest to them in the first bundle, see `match`.
     """
-    plan = _plan(samples, seconds, warmup, threads, cold, progress)
+    plan = _plan(samples, seconds, warmup, threads, cold, units, progress)
     if len(bundles) < 2:
         raise InputError("a comparison needs two bundles or more")
     chosen = [runnable(choose(bundle, targets, function)) for bundle in bundles]
@@ -178,16 +186,20 @@ def compare(
     )
 
 
-def _plan(samples: int, seconds: float, warmup: int, threads: int | None, cold: bool, progress: Tell | None) -> _Plan:
+def _plan(
+    samples: int, seconds: float, warmup: int, threads: int | None, cold: bool, units: str | None, progress: Tell | None
+) -> _Plan:
     if samples < 1 or warmup < 0 or not 0 <= seconds < math.inf:
         raise InputError("bench needs samples of 1 or more, warmup of 0 or more, and finite seconds of 0 or more")
-    return _Plan(samples, seconds, warmup, threads, cold, progress or (lambda line: None))
+    return _Plan(samples, seconds, warmup, threads, cold, units, progress or (lambda line: None))
 
 
 @contextmanager
 def _measured(pairs: Sequence[tuple[Bundle, Artifact]], plan: _Plan) -> Iterator[tuple[list[_Run], _Seen]]:
     """Load all artifacts and time them in turn; they are closed afterwards."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    if plan.units is not None and not any(get(artifact.target).has_units for _, artifact in pairs):
+        raise InputError("compute units are chosen for Core ML artifacts alone, and there is none here: leave out --units")
     load_before = host.load_average()
     sensor, no_power = sensors.power()
     with ExitStack() as stack:
@@ -265,10 +277,11 @@ def _others() -> Iterator[list[float]]:
 
 def _prepared(bundle: Bundle, artifact: Artifact, power: sensors.Power, plan: _Plan) -> _Run:
     golden = bundle.golden(artifact.role)
-    probed = probe(bundle, artifact, plan.threads) if plan.cold else NOT_PROBED
-    load(bundle, artifact, threads=plan.threads).close()
+    units = plan.units_of(artifact)
+    probed = probe(bundle, artifact, plan.threads, units) if plan.cold else NOT_PROBED
+    load(bundle, artifact, threads=plan.threads, units=units).close()
     start = time.perf_counter()
-    session = load(bundle, artifact, threads=plan.threads)
+    session = load(bundle, artifact, threads=plan.threads, units=units)
     run = _Run(bundle, artifact, session, golden, time.perf_counter() - start, power, probed=probed)
     run.accuracy = check(artifact, session, golden, threshold(bundle.manifest, artifact))
     if golden.references:
@@ -337,6 +350,7 @@ def _measurement(run: _Run, runs: Sequence[_Run], seen: _Seen) -> Measurement:
         precision=artifact.precision,
         flops=component.flops_after,
         stand_in=run.session.stand_in,
+        units=run.session.units,
         runtime_versions=get(artifact.target).versions(runtime_only=True),
         placement=run.session.placement(),
         cold_load_ms=run.probed.cold_load_ms,

@@ -46,6 +46,10 @@ def bench(
     seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="Least time of the runs of each.")] = 2.0,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs that are not counted.")] = 3,
     threads: options.Threads = None,
+    units: Annotated[
+        str | None,
+        typer.Option("--units", metavar="UNITS", help="Of Core ML on a Mac: all, cpu, cpu-gpu or cpu-ane. Default: all."),
+    ] = None,
     cold: Annotated[
         bool,
         typer.Option(" /--no-cold", help="Leave out the process of its own that tells cold load and peak memory."),
@@ -68,6 +72,7 @@ def bench(
         opened = [Bundle.open(bundle) for bundle in bundles]
         how: dict[str, Any] = {
             **{"samples": samples, "seconds": seconds, "warmup": warmup, "threads": threads, "cold": cold, "function": function},
+            "units": units,
             "progress": lambda line: step(0, 0, line),
         }
         measure: Callable[..., library.Record | library.Comparison]

@@ -95,8 +95,8 @@ def _check_new(job: Job, parts: Sequence[_Part]) -> None:
 def _compared(target: Target, files: Sequence[Path], part: _Part) -> Rung:
     """A function of the joined artifact against the artifact that it was, on the golden inputs: every bit must be the same."""
     golden, label = part.golden(), part.artifact(target).label
-    alone = _outputs(target.load(part.files(target)), golden)
-    joined = _outputs(target.load_function(files, part.name), golden)
+    alone = _outputs(target.rehearse(part.files(target)), golden)
+    joined = _outputs(target.rehearse(files, part.name), golden)
     rung = judge(label + JOINED, label, "lowering", batched(alone), batched(joined), threshold=0.0)
     if not all(np.array_equal(alone[name], joined[name], equal_nan=True) for name in alone):
         raise CheckFailed(f"{label}: as a function of one artifact it gives other numbers than alone. Nothing was written")

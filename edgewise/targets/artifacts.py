@@ -62,8 +62,8 @@ def joined_labels(artifacts: Sequence[Artifact]) -> dict[str, str]:
     return {target: f"{target}/{'+'.join(dict.fromkeys(precisions))}" for target, precisions in found.items()}
 
 
-def load(bundle: Bundle, artifact: Artifact, *, threads: int | None = None) -> Session:
-    """Load an artifact of a bundle. `threads` defaults to what the manifest says of the artifact.
+def load(bundle: Bundle, artifact: Artifact, *, threads: int | None = None, units: str | None = None) -> Session:
+    """Load an artifact of a bundle. `threads` defaults to what the manifest says of the artifact; `units`: see `Target.for_units`.
 
     Raises `MissingExtra` if its runtime is absent, and `InputError` if it cannot be loaded or its inputs and
     outputs are not those of the manifest.
@@ -72,7 +72,9 @@ def load(bundle: Bundle, artifact: Artifact, *, threads: int | None = None) -> S
 
     files = [bundle.file(name) for name in artifact.files]
     count = artifact.threads if threads is None else threads
-    session = get(artifact.target).load_function(files, artifact.function, threads=count)
+    target = get(artifact.target)
+    target = target if units is None else target.for_units(units)
+    session = target.load_function(files, artifact.function, threads=count)
     component = bundle.manifest.component(artifact.role)
     for kind, found, said in (
         ("inputs", session.inputs, component.inputs),

@@ -86,6 +86,8 @@ class Session(ABC):
     outputs: tuple[TensorInfo, ...]
     stand_in: str | None = None
     """What runs the artifact, where it is not the runtime that the artifact is for: then its times say nothing of a device."""
+    units: str | None = None
+    """The compute units that it may use, where the runtime lets one choose."""
     no_placement: str = "this version of the runtime does not tell it"
     """Why `placement` gave None."""
 
@@ -245,6 +247,10 @@ class Target(ABC):
     """What it also builds for."""
     images: Mapping[str, str] = {}
     """Inputs of what it lowers that take images, and their colours (`for_images`)."""
+    has_units: ClassVar[bool] = False
+    """Whether its runtime lets one choose the compute units that it uses (`for_units`)."""
+    units: str | None = None
+    """Those that were chosen."""
     functions: bool = False
     """Whether what it lowers will be one of several functions of an artifact (`for_functions`)."""
 
@@ -287,6 +293,11 @@ class Target(ABC):
         raise InputError(
             f"target {self.name} has no artifacts of several functions: export a bundle for each compression; coreml has them"
         )
+
+    def for_units(self, units: str) -> Target:
+        """The target whose sessions use these compute units alone. Raises `InputError` for unknown ones, and where there is nothing
+        to choose, as here."""
+        raise InputError(f"target {self.name} has no compute units to choose")
 
     def for_images(self, images: Mapping[str, str]) -> Target:
         """The target whose artifacts take images (`RGB` or `grayscale`, pixels from 0 to 255) as these inputs. Raises `InputError`
@@ -347,9 +358,9 @@ class Target(ABC):
             raise InputError(f"target {self.name} has no artifacts of several functions, and so none called {function}")
         return self.load(files, threads=threads)
 
-    def rehearse(self, files: Sequence[Path]) -> Session:
-        """Load an artifact where it is made, to verify it: as `load`, but with nothing built for a device."""
-        return self.load(files)
+    def rehearse(self, files: Sequence[Path], function: str | None = None) -> Session:
+        """Load an artifact where it is made, to verify it: as `load_function`, but with nothing built for a device."""
+        return self.load_function(files, function)
 
     def command(self, files: Sequence[Path]) -> str | None:
         """A command of the runtime's own tools that builds and times an artifact, the main file first. None: there is none."""

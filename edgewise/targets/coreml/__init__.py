@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from edgewise.errors import MissingExtra, unknown
 from edgewise.targets.base import Feeds, Quantiser, Requirement, Session, Target, Tolerance
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class CoreML(Target):
     quantises = ("w8a8",)
     quantises_from = "fp16"
     realisations = dict.fromkeys(_OPS, ("sort_free",))
+    has_units = True
     oldest: ClassVar[str] = "iOS17"
     """The oldest system that packages are for, where neither their precision nor their states ask for a later one."""
     tokens_last: ClassVar[bool] = False
@@ -82,6 +84,15 @@ class CoreML(Target):
         made.functions = True
         return made
 
+    def for_units(self, units: str) -> Target:
+        from edgewise.targets.coreml.predict import UNITS
+
+        if units not in UNITS:
+            raise unknown("compute units", units, UNITS)
+        made = copy.copy(self)
+        made.units = units
+        return made
+
     def for_images(self, images: Mapping[str, str]) -> Target:
         made = copy.copy(self)
         made.images = dict(images)
@@ -111,10 +122,22 @@ class CoreML(Target):
         return self.load_function(files, None, threads=threads)
 
     def load_function(self, files: Sequence[Path], function: str | None, *, threads: int | None = None) -> Session:
+        from edgewise.targets.coreml.predict import PredictSession, why_not
+
+        self.check(runtime_only=True)
+        reason = why_not()
+        if reason is None:
+            return PredictSession(files, function=function, threads=threads, units=self.units)
+        if self.units is not None:
+            raise MissingExtra(f"compute units are those of Core ML, in whose place an interpreter runs packages here: {reason}")
+        return self.rehearse(files, function)
+
+    def rehearse(self, files: Sequence[Path], function: str | None = None) -> Session:
+        """By the interpreter on every machine: what is verified where it is made does not depend on the maker's machine."""
         from edgewise.targets.coreml.session import CoreMLSession
 
         self.check(runtime_only=True)
-        return CoreMLSession(files, function=function, threads=threads)
+        return CoreMLSession(files, function=function)
 
     def ops(self, files: Sequence[Path]) -> dict[str, int] | None:
         from edgewise.targets.coreml.ops import ops

@@ -20,12 +20,13 @@ class NoPlan(Exception):
     """There is no plan here, and why."""
 
 
-def placement(package: Path, function: str) -> dict[str, int]:
-    """The number of operations of `function` by the unit that Core ML prefers for them, where all units may be used. Operations
-    without one, as constants, are left out. Raises `NoPlan`."""
+def placement(package: Path, function: str, units: str = "ALL") -> dict[str, int]:
+    """The number of operations of `function` by the unit that Core ML prefers for them, where those may be used that
+    coremltools' `ComputeUnit` calls `units`. Operations without one, as constants, are left out. Raises `NoPlan`."""
     if sys.platform != "darwin":
         raise NoPlan("Core ML tells its plan on a Mac alone")
     try:
+        from coremltools import ComputeUnit
         from coremltools.models.compute_plan import MLComputePlan
         from coremltools.models.utils import compile_model
     except ImportError as error:
@@ -33,7 +34,7 @@ def placement(package: Path, function: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
         try:
             compiled = compile_model(str(package), destination_path=f"{folder}/{package.stem}.mlmodelc")
-            plan = MLComputePlan.load_from_path(compiled)
+            plan = MLComputePlan.load_from_path(compiled, compute_units=ComputeUnit[units])
             program = plan.model_structure.program
         except Exception as error:  # of whatever kind Core ML says it is
             raise NoPlan(f"Core ML made no plan: {' '.join(str(error).split())}") from error

@@ -28,7 +28,6 @@ from edgewise.targets.coreml.interpreter import (
 )
 from edgewise.targets.coreml.interpreter.values import held
 from edgewise.targets.coreml.package import Package
-from edgewise.targets.coreml.plan import NoPlan, placement
 from edgewise.targets.coreml.ports import METADATA_KEY, Port, key_of, parse
 
 
@@ -214,7 +213,8 @@ class CoreMLSession(Session):
     `files`: those of the package, its `Manifest.json` first. `function`: see `InterpreterSession`.
     """
 
-    stand_in = "the interpreter of Core ML packages in the place of Core ML"
+    stand_in: str | None = "the interpreter of Core ML packages in the place of Core ML"
+    no_placement = "the interpreter is no unit of Core ML, which tells its plan on a Mac alone"
 
     def __init__(self, files: Sequence[Path], *, function: str | None = None, threads: int | None = None) -> None:
         self._session = InterpreterSession(Path(files[0]).parent, function=function, threads=threads)
@@ -257,20 +257,16 @@ class CoreMLSession(Session):
 
     def _compute(self, feeds: dict[str, np.ndarray], watch: Watch | None) -> dict[str, np.ndarray]:
         stored = {port.feature: _fed(feeds[port.name], port) for port in self._inputs}
-        outputs = self._session.run(stored, watch=watch)
+        outputs = self._computed(stored, watch)
         return {port.name: outputs[port.feature].reshape(port.shape).astype(port.dtype) for port in self._outputs}
+
+    def _computed(self, stored: dict[str, np.ndarray], watch: Watch | None) -> dict[str, np.ndarray]:
+        """What the package gives, by its own names, for arrays by its own names."""
+        return self._session.run(stored, watch=watch)
 
     def reset(self) -> None:
         """Fill all states with zeros."""
         self._session.reset()
-
-    def placement(self) -> dict[str, int] | None:
-        """By Core ML's own plan, on a Mac; the interpreter is no unit of it."""
-        try:
-            return placement(self._session.package.path, self._session.function)
-        except NoPlan as reason:
-            self.no_placement = str(reason)
-            return None
 
     def close(self) -> None:
         self._session.close()

@@ -136,7 +136,7 @@ class TensorRT(Target):
         session.no_placement = "TensorRT did not run, and only it tells its layers"
         return session
 
-    def rehearse(self, files: Sequence[Path]) -> Session:
+    def rehearse(self, files: Sequence[Path], function: str | None = None) -> Session:
         return self._on_the_cpu(files, None)
 
     def _on_the_cpu(self, files: Sequence[Path], threads: int | None) -> Session:

@@ -12,7 +12,7 @@ let unitsByName: [String: MLComputeUnits] = [
 struct Options {
     var bundle = URL(fileURLWithPath: ".")
     var record = URL(fileURLWithPath: "record.json")
-    var units = MLComputeUnits.all
+    var units = "all"
     var timing = Timing()
 
     init(_ arguments: [String]) throws {
@@ -26,10 +26,10 @@ struct Options {
             guard let value = rest.popFirst() else { throw Failure("\(word) wants a value") }
             switch word {
             case "--units":
-                guard let found = unitsByName[value] else {
+                guard unitsByName[value] != nil else {
                     throw Failure("--units is one of \(unitsByName.keys.sorted().joined(separator: ", "))")
                 }
-                units = found
+                units = value
             case "--samples": timing.samples = try number(value, word, least: 1)
             case "--warmup": timing.warmup = try number(value, word, least: 0)
             case "--seconds": timing.seconds = Double(try number(value, word, least: 0))
@@ -60,7 +60,8 @@ func measured(_ artifact: Manifest.Artifact, of manifest: Manifest, _ options: O
     ]
     let times: [Double]
     if folder.pathExtension == "mlpackage" {
-        let loaded = try await CoreMLArtifact(package: folder, function: artifact.function, units: options.units)
+        let loaded = try await CoreMLArtifact(package: folder, function: artifact.function, units: unitsByName[options.units] ?? .all)
+        values["units"] = options.units
         let inputs = try loaded.inputs()
         times = try await measure(options.timing) { _ = try await loaded.model.prediction(from: inputs) }
         values["warm_load_ms"] = loaded.loadMilliseconds
