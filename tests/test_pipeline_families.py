@@ -47,7 +47,9 @@ def test_what_does_not_depend_on_the_image_is_settled(name: str) -> None:
         torch.testing.assert_close(program.module()(other)["visual"], wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "target"), [("qwen2-vl", "onnxruntime"), ("paligemma", "openvino")])
+@pytest.mark.parametrize(
+    ("name", "target"), [("qwen2-vl", "onnxruntime"), ("qwen2.5-vl", "openvino"), ("paligemma", "openvino")]
+)
 def test_what_a_bundle_generates(name: str, target: str, tmp_path: Path) -> None:
     model, example = make(name)
     bundle = edgewise.export(
@@ -68,12 +70,30 @@ def test_what_a_bundle_generates(name: str, target: str, tmp_path: Path) -> None
     [
         ("paligemma", "visionzip:keep=20,context=4", 24),
         ("internvl", "divprune@projector.out:keep=9", 9),
-        ("qwen2-vl", None, 16),
+        ("qwen2-vl", "divprune@projector.out:keep=9", 9),
     ],
 )
 def test_compressed_as_research_code_does_it(name: str, spec: str | None, kept: int, tmp_path: Path) -> None:
     """In front of the decoder and inside of it. `benchmarks/vlm_families.py --compressed` does the same for every family."""
     check_compressed(name, spec, kept, tmp_path / "b", ("openvino",))
+
+
+@pytest.mark.parametrize(("method", "name"), [("divprune", "qwen2-vl"), ("dpcknn", "qwen2.5-vl"), ("random", "qwen2-vl")])
+def test_tokens_bring_their_places(method: str, name: str) -> None:
+    """Each token that is left has the row and column that it had; what was merged, those of what represents it."""
+    model, example = make(name)
+    pixels = example.pop("pixel_values")
+    seam, _ = learn(model, pixels, example, IMAGE, 12, 0)
+    places = torch.from_numpy(seam.offsets)
+    encoder = VisionEncoder(model, example, places)
+    program = edgewise.compress(capture(encoder, (pixels,)).with_role(tokens="visual"), f"{method}@projector.out:keep=7")
+    for other in (noise(*pixels.shape, seed=9), torch.zeros_like(pixels)):
+        with torch.no_grad():
+            whole, made = encoder(other), program.module()(other)
+        wanted = edgewise.ops.apply(method, whole["visual"], keep=7)
+        torch.testing.assert_close(made["visual"], wanted.tokens, rtol=1e-4, atol=1e-5)
+        assert torch.equal(whole["visual_position"][0], places)
+        assert torch.equal(made["visual_position"][0], places[:, wanted.kept[0]])
 
 
 @pytest.mark.parametrize(
@@ -83,7 +103,8 @@ def test_compressed_as_research_code_does_it(name: str, spec: str | None, kept: 
         ("smolvlm", "topk@projector.out:keep=4", "needs attention, and the tokens here were made of several"),
         ("qwen2-vl", "pyramiddrop@decoder.block[2]:keep=4", "use fastv, sparsevlm or dart"),
         ("llava", "fastv@decoder.block[2]:keep=4,span=0:64", "leave span out"),
-        ("qwen2-vl", "visionzip:keep=4,context=1", "a place in height and width"),
+        ("qwen2-vl", "visionzip:keep=4,context=1", r"splits the tokens into a grid.*divprune@projector.out"),
+        ("qwen2-vl", "avgpool1d@projector.out:kernel=2,stride=2", "pooled tokens have none of their own"),
     ],
 )
 def test_compression_that_a_pipeline_cannot_carry(name: str, spec: str, message: str, tmp_path: Path) -> None:

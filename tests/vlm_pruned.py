@@ -43,6 +43,28 @@ def features(model: Any, choose: Choose) -> Iterator[None]:
 
 
 @contextmanager
+def positions(model: Any, stay: list[int], count: int) -> Iterator[None]:
+    """While this holds, an image's tokens in a prompt are those that `stay` of `count`, at the positions in time, height and width
+    that they had among all, and so is the text behind them."""
+    inner, original = model.model, model.model.get_rope_index
+
+    @wraps(original)
+    def gathered(input_ids: Tensor, *, mm_token_type_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+        assert attention_mask.all()
+        start = int((input_ids[0] == IMAGE).float().argmax())
+        whole = torch.cat([input_ids[:, :start], torch.full((1, count), IMAGE), input_ids[:, start + len(stay) :]], dim=1)
+        where, delta = original(whole, mm_token_type_ids=(whole == IMAGE).long(), **kwargs)
+        columns = [*range(start), *(start + n for n in stay), *range(start + count, whole.shape[1])]
+        return where[..., columns], delta + count - len(stay)
+
+    inner.get_rope_index = gathered
+    try:
+        yield
+    finally:
+        del inner.get_rope_index
+
+
+@contextmanager
 def fastv(model: Any, block: int, keep: int, span: range) -> Iterator[None]:
     """While this holds, layers from `block` on see `keep` of the tokens of `span` (FastV), in the prompt and behind it."""
     model.set_attn_implementation("eager")
@@ -85,23 +107,19 @@ def fastv(model: Any, block: int, keep: int, span: range) -> Iterator[None]:
             handle.remove()
 
 
-def divprune(keep: int) -> Choose:
+def divprune(x: Tensor, keep: int) -> list[int]:
     """The tokens that are farthest apart, one after the other (Alvar et al. 2025)."""
-
-    def choose(x: Tensor) -> Tensor:
-        unit = x / x.norm(dim=-1, keepdim=True)
-        far = 1 - unit @ unit.T
-        picks = [int(far.sort(dim=0).values[1].argmax())]
-        while len(picks) < keep:
-            nearest = far[:, picks].amin(dim=1)
-            nearest[picks] = -torch.inf
-            picks.append(int(nearest.argmax()))
-        return x[sorted(picks)]
-
-    return choose
+    unit = x / x.norm(dim=-1, keepdim=True)
+    far = 1 - unit @ unit.T
+    picks = [int(far.sort(dim=0).values[1].argmax())]
+    while len(picks) < keep:
+        nearest = far[:, picks].amin(dim=1)
+        nearest[picks] = -torch.inf
+        picks.append(int(nearest.argmax()))
+    return sorted(picks)
 
 
-BLOCK, KEEP, NEW = 2, 5, 24
+BLOCK, KEEP, NEW = 2, 5, 32
 PROMPTS = [([1, 5, 6], [7, 8, 9]), ([], [4])]
 
 
@@ -134,7 +152,12 @@ def check_compressed(name: str, spec: str | None, kept: int, out: Path, targets:
                 few = zipped(model, pixels, zipped_at)
                 stack.enter_context(features(model, lambda x, few=few: few))
             elif spec is not None:
-                stack.enter_context(features(model, divprune(kept)))
+                whole = model.model.get_image_features(pixel_values=pixels, **example).pooler_output
+                rows = torch.cat([one.reshape(-1, one.shape[-1]) for one in whole])
+                stay = divprune(rows, kept)
+                stack.enter_context(features(model, lambda x, stay=stay: x[stay]))
+                if hasattr(model.model, "get_rope_index"):
+                    stack.enter_context(positions(model, stay, len(rows)))
             stack.enter_context(fastv(model, BLOCK, KEEP, range(len(before), len(before) + kept)))
             wanted.append(greedy(model, pixels, before, after, kept, NEW, **example))
         assert len(set(wanted[-1])) > 6

@@ -55,8 +55,9 @@ class Pipeline(Strict):
       generated. `media_tokens`: tokens that one image or recording becomes in front of the decoder.
     - `placeholder_id`: the token that stands for media in a prompt, `placeholder` its text; `before` and `after` are ids that the
       model's processor puts around them.
-    - `media_positions`: rows of positions of an image's tokens, from that of the first, where they are not numbered as text is;
-      the first new position behind an image is `media_advance` after the first of its own.
+    - `media_positions`: rows of positions of an image's tokens, from that of the first, where they are not numbered as text is.
+      Where these depend on which tokens were kept, the encoder gives them, as `visual_position (1, rows, tokens)`. The first
+      new position behind an image is `media_advance` after the first of its own.
     - `template`: the text around a prompt, which stands at `{prompt}`.
     - `start_ids`: what a decoder begins with besides the prompt. `suppress_ids` are never generated, `suppress_first_ids` not as
       the first token. `eos_ids` end the text.

@@ -54,10 +54,10 @@ class VisionLanguage(GenerativePipeline):
         pixels = self._pixels(image)
         into = Generation()
         start = time.perf_counter()
-        visual = next(iter(self.sessions["vision_encoder"].run({self._image_input.name: pixels}).values()))
+        encoded = self.sessions["vision_encoder"].run({self._image_input.name: pixels})
         into.timed("vision_encoder", start)
         tokens = self.decoder.tokens(
-            {"visual": visual, **self._placed(before, after)},
+            {"visual": encoded["visual"], **self._placed(before, after, encoded.get("visual_position"))},
             length=length,
             position=length + about.media_advance,
             sampling=sampling or Sampling(),
@@ -66,8 +66,9 @@ class VisionLanguage(GenerativePipeline):
         )
         return self._collect(tokens, into, on_text)
 
-    def _placed(self, before: list[int], after: list[int]) -> dict[str, np.ndarray]:
-        """The prompt in its bucket, behind the fill, and where every token is in the sequence: -1 for the fill."""
+    def _placed(self, before: list[int], after: list[int], places: np.ndarray | None) -> dict[str, np.ndarray]:
+        """The prompt in its bucket, behind the fill, and where every token is in the sequence: -1 for the fill. `places` are those
+        of the image's tokens, where its encoder gives them."""
         about, start = self.description, len(before)
         length = start + len(after)
         ids = np.zeros((1, about.prompt_tokens), np.int64)
@@ -79,9 +80,9 @@ class VisionLanguage(GenerativePipeline):
             return made
 
         order = start + np.arange(about.media_tokens, dtype=np.int64)[None]
-        if not about.media_positions:
+        if places is None and not about.media_positions:
             return {"visual_position": order, "input_ids": ids, "position": position(about.media_advance)}
-        rows = np.array(about.media_positions, np.int64) + start
+        rows = (np.array(about.media_positions, np.int64) if places is None else places[0].astype(np.int64)) + start
         text = np.repeat(position(about.media_advance), len(rows), axis=0)
         if len(rows) == 1:
             return {"visual_position": rows, "input_ids": ids, "position": text}

@@ -65,12 +65,6 @@ class _Build(Build):
         pixels, settled = self._image(model)
         self.job.step("run the whole model")
         seam, rung = learn(model, pixels, settled, image, bucket, recipe.seed)
-        if vision_specs and not seam.dense:
-            raise Refused(
-                "this model gives each image token a place in height and width, and compression in front of the decoder does not "
-                "carry those yet; compress inside of the decoder (fastv, sparsevlm, dart), which does",
-                method=vision_specs[0],
-            )
         anew = next((s for s in decoder_specs if parse_spec(s).method.positions == "dense"), None)
         if anew is not None and not seam.dense:
             raise Refused(
@@ -78,17 +72,20 @@ class _Build(Build):
                 "fastv, sparsevlm or dart",
                 method=anew,
             )
-        encoder = Source("", "", module=VisionEncoder(model, settled), args=(pixels,), samples=self._images(pixels))
+        places = torch.from_numpy(seam.offsets) if vision_specs and not seam.dense else None
+        encoder = Source("", "", module=VisionEncoder(model, settled, places), args=(pixels,), samples=self._images(pixels))
         encoder.tokens = "visual"
         program = self._encoder(encoder, vision_specs)
-        visuals = [run(program, {"pixel_values": one})["visual"] for one in self._some(encoder, pixels)]
-        count, whole = visuals[0].shape[1], seam
+        encoded = [run(program, {"pixel_values": one}) for one in self._some(encoder, pixels)]
+        count, whole = encoded[0]["visual"].shape[1], seam
         check_windows(model.get_decoder().config, seam.offsets.shape[1] + bucket + room)  # type: ignore[operator]
-        if count != seam.offsets.shape[1]:
+        if seam.dense:
             seam = replace(seam, offsets=torch.arange(count)[None].numpy(), advance=count)
+        seams = [replace(seam, offsets=one["visual_position"][0].numpy()) if "visual_position" in one else seam for one in encoded]
         prompts = [random_prompt(model, image, bucket, n, recipe.seed + n) for n in (bucket, max(1, bucket // 2), 1)]
+        turns = [i % len(encoded) for i in range(len(prompts))]
         prefill_samples = [
-            {"visual": visuals[i % len(visuals)], **prompt.feeds(seam, bucket)} for i, prompt in enumerate(prompts)
+            {"visual": encoded[i]["visual"], **prompt.feeds(seams[i], bucket)} for i, prompt in zip(turns, prompts, strict=True)
         ]
         prefill = source_of(Prefill(model, seam.rule), prefill_samples)
         prefill.order = ("visual_position", "position")
@@ -104,7 +101,7 @@ class _Build(Build):
             prompt_tokens=bucket,
             new_tokens=room,
             media_tokens=count,
-            media_positions=() if seam.dense else tuple(tuple(map(int, row)) for row in seam.offsets),
+            media_positions=() if seam.dense or places is not None else tuple(tuple(map(int, row)) for row in seam.offsets),
             media_advance=seam.advance,
             placeholder_id=image,
             eos_ids=eos_ids(model),
@@ -157,7 +154,10 @@ class _Build(Build):
         except Refused as error:
             if not specs or all((parse_spec(spec).site or "").startswith("projector.out") for spec in specs):
                 raise
-            free = sorted(name for name, one in METHODS.items() if "projector" in one.sites and not one.needs)
+            pooled = encoder.module.places is None  # type: ignore[union-attr]
+            free = sorted(
+                name for name, one in METHODS.items() if "projector" in one.sites and not one.needs and (one.represented or pooled)
+            )
             raise Refused(
                 f"{error.reason}. Behind the projector any model can be compressed (divprune@projector.out:keep=...; also "
                 f"{', '.join(n for n in free if n != 'divprune')}), and in its decoder (fastv, sparsevlm, dart, pyramiddrop)",

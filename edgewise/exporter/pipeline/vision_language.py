@@ -24,20 +24,32 @@ RULES: tuple[Rule, ...] = ("causal", "media", "prompt")
 
 class VisionEncoder(nn.Module):
     """`pixel_values` of one image to its tokens `visual (1, K, C)`, in the space of the decoder: tower and projector. `settled` are
-    arguments of the model that follow from the shape of the image."""
+    arguments of the model that follow from the shape of the image.
 
-    def __init__(self, model: nn.Module, settled: Mapping[str, Any] | None = None) -> None:
+    `places (rows, K)`: where the tokens are from the first of them, where that is no number of their own order. They come out too,
+    as `visual_position (1, rows, K)`: of the tokens that compression leaves, those of their own, or of what represents them.
+    """
+
+    places: Tensor | None
+
+    def __init__(self, model: nn.Module, settled: Mapping[str, Any] | None = None, places: Tensor | None = None) -> None:
         super().__init__()
         self.model: Any = model
         self.settled = dict(settled or {})
         self._noted: Noted = {}
+        self.register_buffer("places", None if places is None else places.t()[None].contiguous())
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         with Settle(self._noted, tracing=is_traced(pixel_values)):
             features = self.model.get_image_features(pixel_values=pixel_values, **self.settled, return_dict=True).pooler_output
         if isinstance(features, (list, tuple)):
             features = torch.cat([one.reshape(-1, one.shape[-1]) for one in features], dim=0)
-        return {"visual": features.reshape(1, -1, features.shape[-1])}
+        visual = features.reshape(1, -1, features.shape[-1])
+        if self.places is None:
+            return {"visual": visual}
+        # Places meet the tokens that they are of: what chooses among the tokens has to choose among these.
+        places = self.places.masked_fill(visual[..., :1].isnan(), -1)
+        return {"visual": visual, "visual_position": places.transpose(1, 2)}
 
 
 class Prefill(nn.Module):
