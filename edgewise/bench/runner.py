@@ -198,8 +198,12 @@ def _plan(
 def _measured(pairs: Sequence[tuple[Bundle, Artifact]], plan: _Plan) -> Iterator[tuple[list[_Run], _Seen]]:
     """Load all artifacts and time them in turn; they are closed afterwards."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    if plan.units is not None and not any(get(artifact.target).has_units for _, artifact in pairs):
-        raise InputError("compute units are chosen for Core ML artifacts alone, and there is none here: leave out --units")
+    if plan.units is not None:
+        choosing = [target for target in {artifact.target for _, artifact in pairs} if get(target).has_units]
+        if not choosing:
+            raise InputError("compute units are chosen for Core ML artifacts alone, and there is none here: leave out --units")
+        for name in choosing:
+            get(name).for_units(plan.units)  # which says what is wrong before anything is loaded
     load_before = host.load_average()
     sensor, no_power = sensors.power()
     with ExitStack() as stack:

@@ -296,7 +296,7 @@ class Target(ABC):
 
     def for_units(self, units: str) -> Target:
         """The target whose sessions use these compute units alone. Raises `InputError` for unknown ones, and where there is nothing
-        to choose, as here."""
+        to choose, as here, and `MissingExtra` on a machine where there is not."""
         raise InputError(f"target {self.name} has no compute units to choose")
 
     def for_images(self, images: Mapping[str, str]) -> Target:

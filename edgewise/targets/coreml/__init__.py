@@ -85,10 +85,13 @@ class CoreML(Target):
         return made
 
     def for_units(self, units: str) -> Target:
-        from edgewise.targets.coreml.predict import UNITS
+        from edgewise.targets.coreml.predict import UNITS, why_not
 
         if units not in UNITS:
             raise unknown("compute units", units, UNITS)
+        reason = why_not()
+        if reason is not None:
+            raise MissingExtra(f"compute units are those of Core ML, in whose place an interpreter runs packages here: {reason}")
         made = copy.copy(self)
         made.units = units
         return made
@@ -125,11 +128,8 @@ class CoreML(Target):
         from edgewise.targets.coreml.predict import PredictSession, why_not
 
         self.check(runtime_only=True)
-        reason = why_not()
-        if reason is None:
+        if why_not() is None:
             return PredictSession(files, function=function, threads=threads, units=self.units)
-        if self.units is not None:
-            raise MissingExtra(f"compute units are those of Core ML, in whose place an interpreter runs packages here: {reason}")
         return self.rehearse(files, function)
 
     def rehearse(self, files: Sequence[Path], function: str | None = None) -> Session:
