@@ -474,6 +474,8 @@ def test_the_verb_run(package: Path, copy: Path, tmp_path: Path, cli: Cli) -> No
         "unknown function 'mian': did you mean 'main'"
     )
     cli("run", package, "--inputs", tmp_path / "x.npz", "--target", "openvino").refused("is a Core ML package")
+    for verb in (("bench", package), ("inspect", package), ("lint", package, "--target", "coreml")):
+        cli(*verb).refused("is a Core ML package", "`edgewise run` runs it")
     np.savez(tmp_path / "bad.npz", x=x[:, :1])
     cli("run", package, "--inputs", tmp_path / "bad.npz").refused("input 'x' has shape (1, 1, 6, 6)")
     (copy / WEIGHTS).write_bytes(b"short")

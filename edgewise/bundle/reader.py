@@ -136,6 +136,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     with _explained(path):
         if not os.path.lexists(path):
+            if folder.suffix == ".mlpackage":
+                raise InputError(f"{folder} is a Core ML package, and not a bundle: `edgewise run` runs it, no other verb does.")
             raise InputError(f"{folder} is not a bundle: it has no {MANIFEST_NAME}.")
     return parse(read_bytes(path, MAX_MANIFEST_BYTES), str(path))
 

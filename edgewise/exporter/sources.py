@@ -166,6 +166,8 @@ def _hugging_face(
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     local = Path(model)
+    if local.suffix == ".mlpackage" and local.exists():
+        raise InputError(f"{local} is a Core ML package, and no model to export: `edgewise run` runs it")
     if local.exists() and not (local / "config.json").is_file():
         raise InputError(f"{local} holds no config.json: give the folder of a Hugging Face model, or a .pt2 file")
     if not local.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
