@@ -18,8 +18,9 @@ from safetensors.numpy import load as load_tensors
 from edgewise.bundle.manifest import Artifact, Component, Manifest
 from edgewise.bundle.reader import Golden
 from edgewise.errors import CheckFailed, InputError
+from edgewise.exporter.component import build_program, captured, finish
 from edgewise.exporter.digest import graph_text
-from edgewise.exporter.export import Job, Progress, build_program, captured, finish
+from edgewise.exporter.job import Job, Progress
 from edgewise.exporter.variant_specs import MAIN, parse_variants
 from edgewise.passes.program import Program
 from edgewise.targets import Session, Target

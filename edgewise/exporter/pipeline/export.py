@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edgewise.bundle.manifest import Manifest
 from edgewise.bundle.pipeline import CacheLayer, Pipeline, Stage
 from edgewise.errors import InputError, Refused
-from edgewise.exporter.export import Job
+from edgewise.exporter.job import Job
 from edgewise.exporter.pipeline.decoder import check_windows
 from edgewise.exporter.pipeline.language import describe_text, eos_ids
 from edgewise.exporter.pipeline.parts import Build, cache_layers, flops_of, run, source_of

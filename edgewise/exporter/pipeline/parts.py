@@ -16,7 +16,8 @@ from edgewise.bundle.manifest import Manifest
 from edgewise.bundle.pipeline import CacheLayer, Pipeline
 from edgewise.errors import InputError
 from edgewise.exporter.capture import evaluating, quiet
-from edgewise.exporter.export import Job, build_component, finish
+from edgewise.exporter.component import build_component, finish
+from edgewise.exporter.job import Job
 from edgewise.exporter.precisions import parse_precisions
 from edgewise.exporter.quantise import Wish, needs_data
 from edgewise.exporter.sources import Source

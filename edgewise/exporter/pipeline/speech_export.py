@@ -15,7 +15,7 @@ from edgewise.bundle.manifest import Manifest
 from edgewise.bundle.pipeline import Pipeline
 from edgewise.errors import InputError
 from edgewise.exporter.capture import evaluating, quiet
-from edgewise.exporter.export import Job
+from edgewise.exporter.job import Job
 from edgewise.exporter.pipeline.language import eos_ids, write_tokenizer
 from edgewise.exporter.pipeline.parts import Build, cache_layers, run, source_of
 from edgewise.exporter.pipeline.speech import AudioEncoder, Decode, Prefill
