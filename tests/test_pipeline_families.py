@@ -17,7 +17,7 @@ from vlm_reference import IMAGE, greedy
 import edgewise
 from edgewise.errors import InputError, Refused
 from edgewise.exporter.capture import capture
-from edgewise.exporter.pipeline.export import placeholder_of
+from edgewise.exporter.pipeline import media
 from edgewise.exporter.pipeline.seam import learn
 from edgewise.exporter.pipeline.vision_language import VisionEncoder
 
@@ -29,8 +29,8 @@ ROWS = {"qwen2-vl": 3, "qwen2.5-vl": 3}
 def test_the_seam_is_learned(name: str) -> None:
     model, example = make(name)
     pixels = example.pop("pixel_values")
-    assert placeholder_of(model) == IMAGE
-    seam, rung = learn(model, pixels, example, IMAGE, 12, 0)
+    assert media.IMAGE.placeholder(model) == IMAGE
+    seam, rung = learn(media.IMAGE, model, pixels, example, 12, 0)
     assert rung.passed and seam.rule == RULES.get(name, "causal") and len(seam.offsets) == ROWS.get(name, 1)
     assert seam.dense == (name not in ROWS)
 
@@ -83,7 +83,7 @@ def test_tokens_bring_their_places(method: str, name: str) -> None:
     """Each token that is left has the row and column that it had; what was merged, those of what represents it."""
     model, example = make(name)
     pixels = example.pop("pixel_values")
-    seam, _ = learn(model, pixels, example, IMAGE, 12, 0)
+    seam, _ = learn(media.IMAGE, model, pixels, example, 12, 0)
     places = torch.from_numpy(seam.offsets)
     encoder = VisionEncoder(model, example, places)
     program = edgewise.compress(capture(encoder, (pixels,)).with_role(tokens="visual"), f"{method}@projector.out:keep=7")

@@ -65,7 +65,7 @@ class Pipeline(Strict):
     - `tokenizer`: the file of the tokenizer in the bundle.
     """
 
-    kind: Literal["vision-language", "speech"]
+    kind: Literal["vision-language", "audio-language", "speech"]
     order: tuple[str, ...] = Field(min_length=2)
     prompt_tokens: Some
     new_tokens: Some

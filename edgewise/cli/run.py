@@ -41,7 +41,7 @@ def run(
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The question. The model's template goes around it.")
     ] = None,
     audio: Annotated[
-        Path | None, typer.Option("--audio", metavar="FILE", help="A recording, for a model that writes down what is said.")
+        Path | None, typer.Option("--audio", metavar="FILE", help="A recording: to write down what is said, or with --prompt.")
     ] = None,
     language: Annotated[
         str | None, typer.Option("--language", metavar="NAME", help="That is spoken: en, or english. Default: it is detected.")

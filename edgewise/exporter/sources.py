@@ -242,6 +242,9 @@ def _preprocessing(folder: Path) -> dict[str, Any]:
                 document = json.loads(path.read_text("utf-8"))
             except ValueError as error:
                 raise InputError(f"{path} is not JSON: {error}") from error
+            # A processor of several kinds of input has those of each in a part of its own.
+            parts = (document.get(part) for part in ("image_processor", "feature_extractor", "audio_processor"))
+            document = next((part for part in parts if isinstance(part, dict)), document)
             # Filter banks are large tables that follow from the other constants.
             return {k: v for k, v in document.items() if k != "mel_filters"}
     return {}
@@ -265,6 +268,8 @@ def example_inputs(
         wanted[main] = _default_shape(main, config, preprocessing, batch, module)
         if hasattr(config, "text_config") and hasattr(config, "vision_config") and main == "input_ids":
             wanted["pixel_values"] = _default_shape("pixel_values", config, preprocessing, batch, module)
+        elif hasattr(config, "text_config") and hasattr(config, "audio_config") and main == "input_ids":
+            wanted["input_features"] = _default_shape("input_features", config, preprocessing, batch, module)
     inputs: dict[str, Tensor] = {}
     for name, shape in wanted.items():
         if name.endswith("_ids") or name.endswith("mask"):
@@ -291,9 +296,11 @@ def _default_shape(
             height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
             return (batch, *((frames,) if frames else ()), channels, height, width)
     if name == "input_features":
-        bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
-        if bins and positions:
-            return (batch, bins, 2 * positions)
+        audio = getattr(config, "audio_config", config)
+        bins, positions = getattr(audio, "num_mel_bins", None), getattr(audio, "max_source_positions", None)
+        frames = 2 * positions if positions else preprocessing.get("nb_max_frames")
+        if bins and frames:
+            return (batch, bins, int(frames))
     if name == "input_values":
         bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
         if bins and frames:

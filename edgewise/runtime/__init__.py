@@ -44,10 +44,12 @@ def load_pipeline(
     bundle: Bundle, target: str | None = None, precision: str | None = None, threads: int | None = None
 ) -> GenerativePipeline:
     """Load all components of a bundle's pipeline. Raises InputError where it has none, and as `load` does."""
+    from edgewise.runtime.audio_language import AudioLanguage
     from edgewise.runtime.speech import Speech
     from edgewise.runtime.vision_language import VisionLanguage
 
-    kinds: dict[str, type[GenerativePipeline]] = {"speech": Speech, "vision-language": VisionLanguage}
+    known: tuple[type[GenerativePipeline], ...] = (AudioLanguage, Speech, VisionLanguage)
+    kinds = {one.kind: one for one in known}
     pipeline = bundle.manifest.pipeline
     GenerativePipeline.check(bundle)
     assert pipeline is not None

@@ -11,6 +11,8 @@ import numpy as np
 from edgewise.errors import InputError
 
 EXTRACTOR = "WhisperFeatureExtractor"
+DEFAULTS = {"feature_extractor_type": EXTRACTOR, "sampling_rate": 16000, "hop_length": 160, "n_fft": 400}
+"""The constants of Whisper's own processor."""
 _FLOOR, _RANGE = 1e-10, 8.0
 _HIGHEST = 8000.0
 """Hz: where the highest mel band ends, whatever the sampling rate."""

@@ -1,8 +1,10 @@
-"""Export of a vision-language model: every component as an export of its own, then the pipeline that joins them."""
+"""Export of a model that answers about media: every component as an export of its own, then the pipeline that joins them."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +17,36 @@ from edgewise.errors import InputError, Refused
 from edgewise.exporter.job import Job
 from edgewise.exporter.pipeline.decoder import check_windows
 from edgewise.exporter.pipeline.language import describe_text, eos_ids
+from edgewise.exporter.pipeline.media import AUDIO, IMAGE, Media
 from edgewise.exporter.pipeline.parts import Build, cache_layers, flops_of, run, source_of
 from edgewise.exporter.pipeline.seam import Prompt, Seam, caches, decode_position, learn, random_prompt
-from edgewise.exporter.pipeline.vision_language import Decode, Prefill, VisionEncoder
+from edgewise.exporter.pipeline.vision_language import Decode
 from edgewise.exporter.sources import Source
 from edgewise.ops import METHODS
 from edgewise.passes.plan import parse_spec
 from edgewise.passes.program import Program
 
-ORDER = ("vision_encoder", "prefill", "decode")
 PROMPT_TOKENS, NEW_TOKENS = 128, 128
 """The prompt's bucket and the room for new tokens, where none is asked for."""
 
 
 def is_pipeline(source: Source) -> bool:
-    """Whether a model is generated from, and takes images: it can give their features, and it has a decoder."""
+    """Whether a model is generated from, and takes images or recordings."""
+    return media_of(source) is not None
+
+
+def media_of(source: Source) -> Media | None:
+    """What media a model answers about, by its placeholder and its example; None if it generates no text, or not from these."""
     module: Any = source.module
-    return (
-        module is not None
-        and all(callable(getattr(module, name, None)) for name in ("get_image_features", "get_decoder", "can_generate", "generate"))
-        and bool(module.can_generate())
-        and placeholder_of(module) is not None
-    )
-
-
-def placeholder_of(model: nn.Module) -> int | None:
-    """The id of the token that stands for an image's tokens."""
-    config: Any = model.config
-    found = getattr(config, "image_token_id", None)
-    return getattr(config, "image_token_index", None) if found is None else int(found)
+    needed = ("get_decoder", "can_generate", "generate")
+    if module is None or not all(callable(getattr(module, name, None)) for name in needed):
+        return None
+    if not module.can_generate() or getattr(module.config, "is_encoder_decoder", False):
+        return None
+    known = [IMAGE] if callable(getattr(module, "get_image_features", None)) else []
+    known += [AUDIO] if AUDIO.argument in inspect.signature(module.forward).parameters else []
+    known = [media for media in known if media.placeholder(module) is not None]
+    return next((media for media in known if media.argument in source.kwargs), known[0] if known else None)
 
 
 def build_pipeline(job: Job, folder: Path) -> Manifest:
@@ -52,19 +55,28 @@ def build_pipeline(job: Job, folder: Path) -> Manifest:
 
 
 class _Build(Build):
-    order = ORDER
+    @cached_property
+    def media(self) -> Media:
+        media = media_of(self.job.source)
+        assert media is not None
+        return media
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        return self.media.order
 
     def run(self) -> Manifest:
-        model = self.job.source.module
+        model, media = self.job.source.module, self.media
         assert model is not None
-        image = placeholder_of(model)
-        assert image is not None
+        token = media.placeholder(model)
+        assert token is not None
         recipe = self.job.recipe
         bucket, room = recipe.prompt_tokens or PROMPT_TOKENS, recipe.new_tokens or NEW_TOKENS
-        vision_specs, decoder_specs = self._divided()
-        pixels, settled = self._image(model)
+        encoder_specs, decoder_specs = self._divided()
+        example, settled = self._example(model)
+        self.job.source.preprocessing = {**media.constants(example), **self.job.source.preprocessing}
         self.job.step("run the whole model")
-        seam, rung = learn(model, pixels, settled, image, bucket, recipe.seed)
+        seam, rung = learn(media, model, example, settled, bucket, recipe.seed)
         anew = next((s for s in decoder_specs if parse_spec(s).method.positions == "dense"), None)
         if anew is not None and not seam.dense:
             raise Refused(
@@ -72,38 +84,40 @@ class _Build(Build):
                 "fastv, sparsevlm or dart",
                 method=anew,
             )
-        places = torch.from_numpy(seam.offsets) if vision_specs and not seam.dense else None
-        encoder = Source("", "", module=VisionEncoder(model, settled, places), args=(pixels,), samples=self._images(pixels))
-        encoder.tokens = "visual"
-        program = self._encoder(encoder, vision_specs)
-        encoded = [run(program, {"pixel_values": one}) for one in self._some(encoder, pixels)]
-        count, whole = encoded[0]["visual"].shape[1], seam
+        places = torch.from_numpy(seam.offsets) if encoder_specs and not seam.dense else None
+        encoder = Source("", "", module=media.encoder(model, settled, places), args=(example,), samples=self._samples(example))
+        encoder.tokens = media.tokens
+        program = self._encoder(encoder, encoder_specs)
+        encoded = [run(program, {media.argument: one}) for one in self._some(encoder, example)]
+        count, whole = encoded[0][media.tokens].shape[1], seam
         check_windows(model.get_decoder().config, seam.offsets.shape[1] + bucket + room)  # type: ignore[operator]
         if seam.dense:
             seam = replace(seam, offsets=torch.arange(count)[None].numpy(), advance=count)
-        seams = [replace(seam, offsets=one["visual_position"][0].numpy()) if "visual_position" in one else seam for one in encoded]
-        prompts = [random_prompt(model, image, bucket, n, recipe.seed + n) for n in (bucket, max(1, bucket // 2), 1)]
+        seams = [replace(seam, offsets=one[media.position][0].numpy()) if media.position in one else seam for one in encoded]
+        prompts = [random_prompt(model, token, bucket, n, recipe.seed + n) for n in (bucket, max(1, bucket // 2), 1)]
         turns = [i % len(encoded) for i in range(len(prompts))]
         prefill_samples = [
-            {"visual": encoded[i]["visual"], **prompt.feeds(seams[i], bucket)} for i, prompt in zip(turns, prompts, strict=True)
+            {media.tokens: encoded[i][media.tokens], **prompt.feeds(seams[i], bucket, media.position)}
+            for i, prompt in zip(turns, prompts, strict=True)
         ]
-        prefill = source_of(Prefill(model, seam.rule), prefill_samples)
-        prefill.order = ("visual_position", "position")
+        prefill = source_of(media.prefill(model, seam.rule), prefill_samples)
+        prefill.order = (media.position, "position")
         spans = [f"{s}{',' if ':' in s else ':'}span=0:{count}" for s in decoder_specs]
         program = self.component("prefill", prefill, spans)
         steps = [self._decode_inputs(program, *pair, seam, room) for pair in zip(prefill_samples, prompts, strict=True)]
         self.component("decode", source_of(Decode(model, bucket, room), steps[1:]))
         layers = cache_layers(self.parts[2], bucket, room)
-        text = describe_text(self.job.source, image, self.folder)
+        text = describe_text(self.job.source, token, self.folder, media.chat)
+        text["settings"] = {**text.get("settings", {}), **media.settings(model, example, settled)}
         pipeline = Pipeline(
-            kind="vision-language",
-            order=ORDER,
+            kind=media.kind,
+            order=media.order,
             prompt_tokens=bucket,
             new_tokens=room,
             media_tokens=count,
             media_positions=() if seam.dense or places is not None else tuple(tuple(map(int, row)) for row in seam.offsets),
             media_advance=seam.advance,
-            placeholder_id=image,
+            placeholder_id=token,
             eos_ids=eos_ids(model),
             caches=layers,
             stages=self._stages(model, whole, layers, prompts[0], steps[0], bucket, room),
@@ -122,13 +136,14 @@ class _Build(Build):
         room: int,
     ) -> tuple[Stage, ...]:
         """What compression makes of each component; `whole` is the seam with all tokens, `step` the inputs of decode."""
+        media = self.media
         (encoder,), (prefill,), (decode,) = (part.components for part in self.parts)
         every = whole.offsets.shape[1]
         before = [encoder.flops_before, prefill.flops_before, decode.flops_before]
         if every != layers[0].media:
-            width = next(info.shape[-1] for info in prefill.inputs if info.name == "visual")
-            visual = torch.zeros(1, every, width)
-            before[1] = flops_of(Prefill(model, whole.rule), {"visual": visual, **prompt.feeds(whole, bucket)})
+            width = next(info.shape[-1] for info in prefill.inputs if info.name == media.tokens)
+            feeds = {media.tokens: torch.zeros(1, every, width), **prompt.feeds(whole, bucket, media.position)}
+            before[1] = flops_of(media.prefill(model, whole.rule), feeds)
         slots, size = every + bucket + room, sum(layer.bytes // layer.slots for layer in layers)
         if any(layer.media != every for layer in layers):
             past = {k: [t.new_zeros(*t.shape[:2], slots, t.shape[3]) for t in step[k]] for k in ("past_key", "past_value")}
@@ -150,7 +165,7 @@ class _Build(Build):
     def _encoder(self, encoder: Source, specs: list[str]) -> Program:
         """Export the encoder. Where its projector stands in the way, say what is behind it."""
         try:
-            return self.component("vision_encoder", encoder, specs)
+            return self.component(self.media.role, encoder, specs)
         except Refused as error:
             if not specs or all((parse_spec(spec).site or "").startswith("projector.out") for spec in specs):
                 raise
@@ -166,15 +181,15 @@ class _Build(Build):
 
     def _divided(self) -> tuple[list[str], list[str]]:
         """The compression specs of the encoder and of the decoder."""
-        vision, decoder = [], []
+        encoder, decoder = [], []
         for text in self.job.recipe.compress:
             spec = parse_spec(text)
             inside = spec.site.startswith("decoder.") if spec.site else spec.method.sites == ("decoder",)
             if not inside:
-                vision.append(text)
+                encoder.append(text)
                 continue
             if "span" in spec.parameters:
-                raise InputError(f"{text!r}: leave span out, as the pipeline knows which tokens are the image's")
+                raise InputError(f"{text!r}: leave span out, as the pipeline knows which tokens are those of the {self.media.noun}")
             if not spec.method.pads_tail:
                 known = sorted(name for name, method in METHODS.items() if method.pads_tail)
                 raise Refused(
@@ -182,29 +197,30 @@ class _Build(Build):
                     method=spec.method.name,
                 )
             decoder.append(text)
-        return vision, decoder
+        return encoder, decoder
 
-    def _image(self, model: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-        """The example image, and what else the model must be told of its shape."""
-        given = self.job.source.kwargs
-        if "pixel_values" not in given:
+    def _example(self, model: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+        """The example of an image or a recording, and what else the model must be told of its shape."""
+        given, name = self.job.source.kwargs, self.media.argument
+        if name not in given:
             raise InputError(
-                f"{type(model).__name__} takes images as pixel_values: give an example (example={{'pixel_values': tensor}}), or "
-                "--input-shapes pixel_values=AxBxC"
+                f"{type(model).__name__} takes a {self.media.noun} as {name}: give an example (example={{'{name}': tensor}}), or "
+                f"--input-shapes {name}=AxBxC"
             )
-        others = {k: v for k, v in given.items() if k not in ("pixel_values", "input_ids", "attention_mask")}
-        return given["pixel_values"], others
+        others = {k: v for k, v in given.items() if k not in (name, "input_ids", "attention_mask")}
+        return given[name], self.media.settled(model, given[name], others)
 
-    def _images(self, pixels: Tensor) -> dict[str, Any]:
-        samples = self.job.source.samples.get("pixel_values")
-        return {} if samples is None or samples.shape[1:] != pixels.shape[1:] else {"pixel_values": samples}
+    def _samples(self, example: Tensor) -> dict[str, Any]:
+        name = self.media.argument
+        samples = self.job.source.samples.get(name)
+        return {} if samples is None or samples.shape[1:] != example.shape[1:] else {name: samples}
 
-    def _some(self, encoder: Source, pixels: Tensor) -> list[Tensor]:
-        """A few images whose tokens the decoder is verified with."""
-        real = encoder.samples.get("pixel_values")
+    def _some(self, encoder: Source, example: Tensor) -> list[Tensor]:
+        """A few images or recordings whose tokens the decoder is verified with."""
+        real = encoder.samples.get(self.media.argument)
         if real is None:
             generator = torch.Generator().manual_seed(self.job.recipe.seed)
-            return [pixels, torch.randn(pixels.shape, generator=generator)]
+            return [example, torch.randn(example.shape, generator=generator)]
         return [torch.from_numpy(real[i : i + 1].copy()) for i in range(min(2, len(real)))]
 
     def _decode_inputs(self, program: Program, feeds: dict[str, Tensor], prompt: Prompt, seam: Seam, room: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +36,10 @@ class Build:
     parts: list[Manifest] = field(default_factory=list)
     programs: list[Program] = field(default_factory=list)
 
-    order: ClassVar[tuple[str, ...]]
-    """The roles of the components. The first one takes the media, and so all that calibration data has."""
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The roles of the components. The first one takes the media, and so all that calibration data has."""
+        raise NotImplementedError
 
     def __post_init__(self) -> None:
         """Raise `InputError` for precisions, data and layers that do not fit the components: before the model runs."""

@@ -1,4 +1,5 @@
-"""The seam between image and text, learned from the whole model: where its decoder puts the tokens of an image, and who sees whom.
+"""The seam between media and text, learned from the whole model: where its decoder puts the tokens of an image or a recording, and
+who sees whom.
 
 Nothing is known of families here: the model runs once on a prompt, what its decoder is given is looked at, and the components
 that are captured must then give the same logits, token by token.
@@ -18,7 +19,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from edgewise.errors import InputError
 from edgewise.exporter.capture import evaluating, quiet
-from edgewise.exporter.pipeline.vision_language import RULES, Decode, Prefill, Rule, VisionEncoder
+from edgewise.exporter.pipeline.media import Media
+from edgewise.exporter.pipeline.vision_language import RULES, Decode, Rule
 from edgewise.verify.ladder import Rung, judge
 
 THRESHOLD = 1e-4
@@ -59,8 +61,8 @@ class Prompt:
         """All ids, `count` placeholders included: `(1, N)`."""
         return torch.tensor([[*self.before, *[image] * count, *self.after]])
 
-    def feeds(self, seam: Seam, bucket: int) -> dict[str, Tensor]:
-        """Inputs of prefill besides the image's tokens."""
+    def feeds(self, seam: Seam, bucket: int, name: str = "visual_position") -> dict[str, Tensor]:
+        """Inputs of prefill besides the image's tokens, whose positions are called `name`."""
         length = len(self.before) + len(self.after)
         count = seam.offsets.shape[1]
         ids = torch.zeros(1, bucket, dtype=torch.int64)
@@ -71,12 +73,12 @@ class Prompt:
         position = torch.full((1, bucket), -1, dtype=torch.int64)
         position[0, bucket - length :] = text
         if len(media) == 1:
-            return {"visual_position": media, "input_ids": ids, "position": position}
+            return {name: media, "input_ids": ids, "position": position}
         # The first row is the order of the sequence.
         order = torch.full((1, bucket), -1, dtype=torch.int64)
         order[0, bucket - length :] = torch.tensor([*range(start), *range(start + count, length + count)])
         return {
-            "visual_position": torch.cat([torch.arange(start, start + count)[None], media])[None],
+            name: torch.cat([torch.arange(start, start + count)[None], media])[None],
             "input_ids": ids,
             "position": torch.cat([order, position.expand(len(media), -1)])[None],
         }
@@ -97,21 +99,22 @@ def random_prompt(model: nn.Module, image: int, bucket: int, length: int, seed: 
 
 
 def learn(
-    model: nn.Module, pixel_values: Tensor, settled: Mapping[str, Any], image: int, bucket: int, seed: int
+    media: Media, model: nn.Module, example: Tensor, settled: Mapping[str, Any], bucket: int, seed: int
 ) -> tuple[Seam, Rung]:
     """Run the whole model and find the seam under which the components give the same; and the rung that says how closely.
 
     Raises InputError where none does: the model is of a kind that this pipeline does not know.
     """
-    prompt = random_prompt(model, image, bucket, 7, seed)
-    encoder = VisionEncoder(model, settled)
+    token = media.placeholder(model)
+    assert token is not None
+    prompt = random_prompt(model, token, bucket, 7, seed)
     with evaluating(model), quiet():
-        visual = _first_run(encoder, pixel_values)
-        ids = prompt.whole(image, visual.shape[1])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixel_values, **settled}
-        inputs |= token_types(model, ids == image)
+        tokens = _first_run(media, model, example, settled)
+        ids = prompt.whole(token, tokens.shape[1])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), media.argument: example, **settled}
+        inputs |= token_types(model, ids == token)
         seen = _decoder_inputs(model, inputs)
-        seam = _positions(seen.get("position_ids"), prompt, visual.shape[1])
+        seam = _positions(seen.get("position_ids"), prompt, tokens.shape[1])
         made = model.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=_STEPS,
@@ -121,11 +124,11 @@ def learn(
             output_logits=True,
         )
         wanted = torch.cat(list(made.logits)).float().numpy()
-        tokens = made.sequences[0, -_STEPS:].tolist()
+        text = made.sequences[0, -_STEPS:].tolist()
         rungs = []
         for rule in RULES:
             seam = Seam(seam.offsets, seam.advance, rule)
-            found = _joined(model, visual, prompt, seam, bucket, tokens)
+            found = _joined(media, model, tokens, prompt, seam, bucket, text)
             outputs = {"logits": wanted}, {"logits": found}
             rung = judge("components, joined", "whole model", "capture", *outputs, threshold=THRESHOLD)
             if rung.passed:
@@ -133,19 +136,18 @@ def learn(
             rungs.append(rung)
     best = min(rung.outputs["logits"].relative or float("inf") for rung in rungs)
     raise InputError(
-        f"{type(model).__name__} cannot be split: its image encoder and its decoder, joined by the positions that "
+        f"{type(model).__name__} cannot be split: its encoder and its decoder, joined by the positions that "
         f"the whole model uses, give other logits than it does (relative error {best:.1e}). Something between them is not "
         "known here (features that are added inside of the decoder, other masks); export its components one by one"
     )
 
 
-def _first_run(encoder: VisionEncoder, pixel_values: Tensor) -> Tensor:
+def _first_run(media: Media, model: nn.Module, example: Tensor, settled: Mapping[str, Any]) -> Tensor:
     try:
-        return encoder(pixel_values)["visual"]
+        return media.encoder(model, settled, None)(example)[media.tokens]  # type: ignore[no-any-return]
     except Exception as error:
-        raise InputError(
-            f"{type(encoder.model).__name__} cannot encode an image of shape {list(pixel_values.shape)}: {error}"
-        ) from error
+        name = type(model).__name__
+        raise InputError(f"{name} cannot encode {media.argument} of shape {list(example.shape)}: {error}") from error
 
 
 def token_types(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
@@ -191,10 +193,12 @@ def _positions(given: Tensor | None, prompt: Prompt, count: int) -> Seam:
     return Seam(np.ascontiguousarray(offsets, np.int64), advance)
 
 
-def _joined(model: nn.Module, visual: Tensor, prompt: Prompt, seam: Seam, bucket: int, tokens: list[int]) -> np.ndarray:
-    """Logits `(steps, V)` of the components, fed with the tokens that the whole model chose."""
+def _joined(
+    media: Media, model: nn.Module, encoded: Tensor, prompt: Prompt, seam: Seam, bucket: int, tokens: list[int]
+) -> np.ndarray:
+    """Logits `(steps, V)` of the components, fed with the `tokens` that the whole model chose."""
     length = len(prompt.before) + len(prompt.after)
-    out = Prefill(model, seam.rule)(visual, **prompt.feeds(seam, bucket))
+    out = media.prefill(model, seam.rule)(encoded, **prompt.feeds(seam, bucket, media.position))
     decode = Decode(model, bucket, len(tokens))
     logits = [out["logits"]]
     key, value = caches(out, len(tokens))

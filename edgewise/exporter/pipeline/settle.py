@@ -47,7 +47,7 @@ class Settle(TorchFunctionMode):
         if not self.tracing:
             made = func(*args, **kwargs)
             if kind == "rows":
-                self._note(kind, [[i for i, taken in enumerate(args[1].tolist()) if taken]])
+                self._note(kind, [[i for i, taken in enumerate(args[1].flatten().tolist()) if taken]])
             elif kind is not None:
                 # A traced tensor gives its numbers one by one.
                 self._note(kind, pytree.tree_leaves(made))
@@ -60,8 +60,8 @@ class Settle(TorchFunctionMode):
                 self.left[kind].popleft()  # type: ignore[index]
             return made
         if kind == "rows":
-            rows = self.left[kind].popleft()
-            return args[0] if len(rows) == args[0].shape[0] else args[0][rows]
+            rows, flat = self.left[kind].popleft(), args[0].flatten(0, args[1].ndim - 1)
+            return flat if len(rows) == flat.shape[0] else flat[rows]
         return func(*args, **kwargs) if kind is None else self.left[kind].popleft()
 
     def _note(self, kind: Kind, values: Sequence[Any]) -> None:
@@ -70,7 +70,7 @@ class Settle(TorchFunctionMode):
 
 def _chooses(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Whether rows are taken by a mask: how many these are depends on values (which of the images are padding)."""
-    return func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool and args[1].ndim == 1
+    return func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool and args[1].ndim > 0
 
 
 def is_traced(value: Tensor) -> bool:

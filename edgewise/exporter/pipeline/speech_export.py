@@ -20,7 +20,7 @@ from edgewise.exporter.pipeline.language import eos_ids, write_tokenizer
 from edgewise.exporter.pipeline.parts import Build, cache_layers, run, source_of
 from edgewise.exporter.pipeline.speech import AudioEncoder, Decode, Prefill
 from edgewise.exporter.sources import Source
-from edgewise.runtime.mel import EXTRACTOR
+from edgewise.runtime.mel import DEFAULTS
 from edgewise.verify.ladder import Rung, judge
 
 ORDER = ("audio_encoder", "prefill", "decode")
@@ -59,7 +59,9 @@ def build_pipeline(job: Job, folder: Path) -> Manifest:
 
 
 class _Build(Build):
-    order = ORDER
+    @property
+    def order(self) -> tuple[str, ...]:
+        return ORDER
 
     def run(self) -> Manifest:
         model = speech_model(self.job.source)
@@ -117,8 +119,7 @@ class _Build(Build):
 
     def _preprocessing(self, features: Tensor) -> dict[str, Any]:
         """The constants of the processor; those of Whisper's where the model comes without."""
-        default = {"feature_extractor_type": EXTRACTOR, "sampling_rate": 16000, "hop_length": 160, "n_fft": 400}
-        return {**default, "feature_size": features.shape[1], **self.job.source.preprocessing}
+        return {**DEFAULTS, "feature_size": features.shape[1], **self.job.source.preprocessing}
 
     def _sizes(self, longest: int, room: int) -> tuple[int, int]:
         """The prompt's bucket, and the room for new tokens."""

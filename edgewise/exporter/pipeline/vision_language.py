@@ -7,7 +7,9 @@ visual tokens are the same span: that is what compression inside of the decoder 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -44,12 +46,16 @@ class VisionEncoder(nn.Module):
             features = self.model.get_image_features(pixel_values=pixel_values, **self.settled, return_dict=True).pooler_output
         if isinstance(features, (list, tuple)):
             features = torch.cat([one.reshape(-1, one.shape[-1]) for one in features], dim=0)
-        visual = features.reshape(1, -1, features.shape[-1])
-        if self.places is None:
-            return {"visual": visual}
-        # Places meet the tokens that they are of: what chooses among the tokens has to choose among these.
-        places = self.places.masked_fill(visual[..., :1].isnan(), -1)
-        return {"visual": visual, "visual_position": places.transpose(1, 2)}
+        return placed("visual", features.reshape(1, -1, features.shape[-1]), self.places)
+
+
+def placed(name: str, tokens: Tensor, places: Tensor | None) -> dict[str, Tensor]:
+    """Tokens `(1, K, C)` as `name`, and their `places (1, K, rows)`, where they have such, as `name_position (1, rows, K)`."""
+    if places is None:
+        return {name: tokens}
+    # Places meet the tokens that they are of: what chooses among the tokens has to choose among these.
+    places = places.masked_fill(tokens[..., :1].isnan(), -1)
+    return {name: tokens, f"{name}_position": places.transpose(1, 2)}
 
 
 class Prefill(nn.Module):
@@ -84,6 +90,13 @@ class Prefill(nn.Module):
             image = torch.arange(order.shape[1]) < visual
             mask = mask | (image[:, None] & image[None, :])
         return (mask & real[:, None, :])[:, None]
+
+
+class AudioPrefill(Prefill):
+    """The same with the tokens of a recording, `audio (1, K, C)` at `audio_position (1, K)`."""
+
+    def forward(self, audio: Tensor, audio_position: Tensor, input_ids: Tensor, position: Tensor) -> dict[str, Tensor]:
+        return super().forward(audio, audio_position, input_ids, position)
 
 
 class Decode(nn.Module):
@@ -121,7 +134,7 @@ def _logits(model: Any, embeds: Tensor, mask: Tensor, position: Tensor, cache: G
     """The decoder and its head on embedded tokens: logits of the last, and what was made for the cache."""
     decoder = model.get_decoder()
     types = set(getattr(decoder.config, "layer_types", None) or ())
-    with explicit_attention(decoder):
+    with explicit_attention(decoder), _last_alone(model):
         out = model(
             inputs_embeds=embeds,
             attention_mask={kind: mask for kind in sorted(types)} if len(types) > 1 else mask,
@@ -131,3 +144,16 @@ def _logits(model: Any, embeds: Tensor, mask: Tensor, position: Tensor, cache: G
             logits_to_keep=1,
         )
     return {"logits": out.logits[:, -1], **cache.named()}
+
+
+@contextmanager
+def _last_alone(model: Any) -> Iterator[None]:
+    """While this holds, a model that cannot be told `logits_to_keep` has its head see the last token alone."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        yield
+        return
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][:, -1:], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()

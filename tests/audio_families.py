@@ -1,0 +1,132 @@
+"""Audio-language models of several families, small and with the structure of the real ones, with random weights; and compression in
+them as research code does it. The reference shares nothing with edgewise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+from vlm_families import noise
+from vlm_pruned import divprune, fastv
+from vlm_reference import IMAGE as MARK
+from vlm_reference import text_config
+
+import edgewise
+
+BINS, FRAMES, REAL = 16, 100, 80
+"""Of the features: bins, frames, and how many of these are of the recording, for families that are told it."""
+_TOWER = {"num_mel_bins": BINS, "max_source_positions": FRAMES // 2, "initializer_range": 0.2}
+_NAMED = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, **_TOWER}
+
+
+def _qwen2_audio() -> Any:
+    from transformers.models.qwen2_audio.configuration_qwen2_audio import Qwen2AudioEncoderConfig
+
+    tower = Qwen2AudioEncoderConfig(d_model=32, encoder_layers=4, encoder_attention_heads=2, encoder_ffn_dim=64, **_TOWER)
+    config = hf.Qwen2AudioConfig(
+        audio_config=tower, text_config=text_config(hf.Qwen2Config), audio_token_id=MARK, audio_token_index=MARK
+    )
+    return hf.Qwen2AudioForConditionalGeneration(config)
+
+
+def _audioflamingo3() -> Any:
+    tower = {**_NAMED, "intermediate_size": 64}
+    config = hf.AudioFlamingo3Config(
+        audio_config=tower, text_config=text_config(hf.Qwen2Config).to_dict(), audio_token_id=MARK
+    )
+    return hf.AudioFlamingo3ForConditionalGeneration(config)
+
+
+def _voxtral() -> Any:
+    # Two tokens of the tower are one of the decoder.
+    tower = {**_NAMED, "intermediate_size": 64}
+    config = hf.VoxtralConfig(audio_config=tower, text_config=text_config().to_dict(), audio_token_id=MARK)
+    return hf.VoxtralForConditionalGeneration(config)
+
+
+def _glmasr() -> Any:
+    tower = {**_NAMED, "intermediate_size": 128}
+    tower["max_position_embeddings"] = tower.pop("max_source_positions") + 14
+    config = hf.GlmAsrConfig(audio_config=tower, text_config=text_config().to_dict(), audio_token_id=MARK)
+    return hf.GlmAsrForConditionalGeneration(config)
+
+
+FAMILIES: dict[str, tuple[Callable[[], Any], str | None]] = {
+    "qwen2-audio": (_qwen2_audio, "feature_attention_mask"),
+    "audioflamingo3": (_audioflamingo3, "input_features_mask"),
+    "voxtral": (_voxtral, None),
+    "glmasr": (_glmasr, "input_features_mask"),
+}
+
+
+def make(name: str) -> tuple[Any, dict[str, Tensor]]:
+    """A model in evaluation mode, the same every time, and its example inputs; a mask of frames is as long as the recording."""
+    torch.manual_seed(0)
+    build, mask = FAMILIES[name]
+    frames = 96 if name == "glmasr" else FRAMES  # its projector reads the tower's tokens in fours
+    masks = {mask: torch.ones(1, REAL, dtype=torch.int64)} if mask else {}
+    return build().eval(), {"input_features": noise(1, BINS, frames), **masks}
+
+
+def greedy(model: Any, features: Tensor, before: list[int], after: list[int], count: int, new: int, mask: str | None) -> list[int]:
+    """What the model itself generates, told of its tokens and frames what the model's processor would say."""
+    ids = torch.tensor([[*before, *[MARK] * count, *after]])
+    model.generation_config.eos_token_id = None
+    masks = {mask: (torch.arange(features.shape[-1]) < REAL).long()[None]} if mask else {}
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": features, **masks}
+    with torch.no_grad():
+        made = model.generate(**given, max_new_tokens=new, do_sample=False)
+    return made[0, ids.shape[1] :].tolist()
+
+
+@contextmanager
+def behind_projector(model: Any, real: int, keep: int) -> Iterator[None]:
+    """While this holds, the decoder is given `keep` of the recording's `real` tokens (DivPrune)."""
+
+    def fewer(module: Any, args: Any, out: Tensor) -> Tensor:
+        few = out.reshape(-1, out.shape[-1])[:real]
+        few = few[divprune(few, keep)]
+        return few if out.ndim == 2 else few[None]
+
+    handle = model.model.multi_modal_projector.register_forward_hook(fewer)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+BLOCK, KEEP, FAST, NEW = 2, 9, 5, 32
+PROMPTS = [([1, 5, 6], [7, 8, 9]), ([], [4])]
+
+
+def check(name: str, compressed: bool, out: Path, targets: tuple[str, ...]) -> edgewise.Bundle:
+    """Export a family, plain, or with DivPrune behind the projector and FastV inside of the decoder, and compare every token that
+    it generates with the model in transformers, whose features are replaced and whose layers are hooked."""
+    model, example = make(name)
+    specs = [f"divprune@projector.out:keep={KEEP}", f"fastv@decoder.block[{BLOCK}]:keep={FAST}"] if compressed else []
+    bundle = edgewise.export(
+        model, out, example=example, targets=targets, compress=specs, prompt_tokens=10, new_tokens=NEW, cache=False
+    )
+    about = bundle.manifest.pipeline
+    assert about is not None and about.kind == "audio-language"
+    real, count = about.stages[0].tokens_before, about.media_tokens
+    assert [cache.media for cache in about.caches] == ([KEEP] * BLOCK + [FAST] * (4 - BLOCK) if compressed else [real] * 4)
+    features, mask, wanted = noise(*example["input_features"].shape, seed=6), FAMILIES[name][1], []
+    for before, after in PROMPTS:
+        model, _ = make(name)
+        with ExitStack() as stack:
+            if compressed:
+                stack.enter_context(behind_projector(model, real, KEEP))
+                stack.enter_context(fastv(model, BLOCK, FAST, range(len(before), len(before) + KEEP)))
+            wanted.append(greedy(model, features, before, after, count, NEW, mask))
+        assert len(set(wanted[-1])) > 8
+    for target in targets:
+        with edgewise.load(bundle, target=target) as loaded:
+            for (before, after), ids in zip(PROMPTS, wanted, strict=True):
+                assert loaded.generate(input_ids=[*before, MARK, *after], audio=features.numpy()).ids == ids, (name, target)
+    return bundle
