@@ -22,6 +22,7 @@ from edgewise.exporter.pipeline.speech import AudioEncoder, Decode, Prefill
 from edgewise.runtime import Sampling
 
 TARGETS = ["onnxruntime", "openvino"]
+EVERY = [*TARGETS, "tensorrt", "coreml"]
 
 
 def features(count: int = 1, seed: int = 0) -> torch.Tensor:
@@ -53,7 +54,7 @@ def english(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(english: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return edgewise.export(str(english), tmp_path_factory.mktemp("speech") / "bundle", targets=TARGETS).path
+    return edgewise.export(str(english), tmp_path_factory.mktemp("speech") / "bundle", targets=EVERY).path
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_components_with_caches_are_the_whole_model() -> None:
             assert (ours - whole[len(prompt) - 1 :]).abs().max() < 1e-4 * whole.abs().max()
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", EVERY)
 def test_transcripts_are_those_of_transformers(bundle: Path, english: Path, target: str) -> None:
     model = tiny_speech()
     seen = set()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir
+import onnx_ir as ir
 import pytest
 import tensorrt_cases
 import torch
@@ -190,6 +191,20 @@ def test_methods_beside_8_bits(name: str, tmp_path: Path) -> None:
     check_file(path)
     if rtx.installed():
         assert built(path) > 10_000
+
+
+def test_a_cast_to_a_third_type_stays() -> None:
+    """Whole numbers become shorter, and what is made truths of them stays truths."""
+    from edgewise.targets.tensorrt.retype import retype
+
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([3]))
+    counted = ir.node("Cast", [x], attributes={"to": int(ir.DataType.INT64)})
+    found = ir.node("Cast", [counted.outputs[0]], attributes={"to": int(ir.DataType.BOOL)})
+    for node, kind in ((counted, ir.DataType.INT64), (found, ir.DataType.BOOL)):
+        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(kind), x.shape
+    graph = ir.Graph([x], [found.outputs[0]], nodes=[counted, found], opset_imports={"": 20})
+    retype(ir.Model(graph, ir_version=10), ir.DataType.INT64, ir.DataType.INT32, lambda node, operands: True)
+    assert [node.attributes["to"].as_int() for node in graph] == [int(ir.DataType.INT32), int(ir.DataType.BOOL)]
 
 
 def test_half_precision_computes_in_half_precision(tmp_path: Path) -> None:

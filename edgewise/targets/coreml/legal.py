@@ -55,6 +55,9 @@ def legal(
         for node in unread:
             _decompose(editor, node)
     _positional(editor)
+    for node in editor.graph.nodes:
+        if node.op == "placeholder":  # coremltools asks how inputs lie in memory, which means nothing to a package
+            node.meta["val"] = node.meta["val"].contiguous()
     return _in_their_dialect(editor.finish(), half)
 
 

@@ -168,6 +168,17 @@ def _along(value: Node, index: Node, dim: int | None) -> Made:
     return along
 
 
+def _as_numbers(op: Any) -> Callable[..., Made]:
+    """Choices of rows of truth values: Core ML gathers numbers alone."""
+
+    def rewrite(value: Node, dim: int, index: Node, *_: Any) -> Made:
+        if value.meta["val"].dtype != torch.bool:
+            return None
+        return lambda x, i: op(x.to(torch.int32), dim, i).to(torch.bool)
+
+    return rewrite
+
+
 def _softplus(value: Node, beta: float, threshold: float) -> Made:
     if threshold >= 20:  # where both are the same to single precision
         return None
@@ -240,6 +251,19 @@ def _bounded(op: Any) -> Callable[..., Made]:
     return rewrite
 
 
+def _clamp(value: Node, least: Any, most: Any) -> Made:
+    """Bounds of whole numbers: the frontend has a clamp of floating-point numbers only, and gives such numbers back."""
+    if value.meta["val"].is_floating_point():
+        return None
+
+    def bounded(x: Tensor) -> Tensor:
+        for bound, op in ((least, torch.maximum), (most, torch.minimum)):  # in this order: where they cross, `most` holds
+            x = x if bound is None else op(x, torch.tensor(bound, dtype=x.dtype))
+        return x
+
+    return bounded
+
+
 def _in_another_type(op: Any) -> Callable[..., Made]:
     """Reductions whose keyword `dtype` says in which type they are done."""
 
@@ -278,9 +302,12 @@ REWRITES: dict[Any, Callable[..., Made]] = {
     aten.chunk.default: _chunk,
     aten.cat.default: _joined(aten.cat.default),
     aten.stack.default: _joined(aten.stack.default),
+    aten.clamp.default: _clamp,
     aten.clamp_min.default: _bounded(aten.clamp_min.default),
     aten.clamp_max.default: _bounded(aten.clamp_max.default),
     aten.take_along_dim.default: _along,
+    aten.index_select.default: _as_numbers(aten.index_select.default),
+    aten.gather.default: _as_numbers(aten.gather.default),
     **{
         op: _in_another_type(op)
         for op in (

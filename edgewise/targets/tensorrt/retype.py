@@ -68,6 +68,8 @@ class _Retyper:
             return
         if not self.rule(node, [(value, self._kind(value)) for _, value in operands]):
             self._keep_wide(node)
+        elif node.op_type == "Cast" and not results:
+            return  # it takes the type that it gets, and gives a third one
         elif node.op_type == "Cast":
             node.attributes["to"] = ir.AttrInt64("to", int(self.narrow))
             self._narrow(results)
