@@ -250,6 +250,28 @@ def test_attention_is_what_tensorrt_fuses(tmp_path: Path) -> None:
     assert counts["Transpose"] == 4 and counts["Softmax"] == 1 and counts["Mul"] == 2
 
 
+class Reductions(nn.Module):
+    """Reductions of a table for each sample, and then other shapes of what is left."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        whole = torch.cat([x.amin(1) + 1, 3 * x.amax(2)], dim=1)[0]
+        column = x.sum(2, keepdim=True)[:, :, 0]
+        return whole * 2, column * 2, x.prod(2).sum(1)[:, None].exp(), x.mean(1)[:, None].exp(), x.amax((1, 2))[:, None, None].sqrt()
+
+
+@pytest.mark.parametrize(("batch", "views"), [(1, 0), (3, 1)])
+def test_reductions_give_the_shape_that_is_read(batch: int, views: int, tmp_path: Path) -> None:
+    x = draw(batch, 5, 7).abs()
+    path = lowered(torch.export.export(Reductions(), (x,), strict=False), tmp_path, outputs=5)
+    counts = check_file(path)
+    assert counts["Reshape"] + counts["Unsqueeze"] + counts["Squeeze"] + counts["Gather"] <= views, counts
+    with targets.get("tensorrt").load([path]) as session:
+        found = session.run({session.inputs[0].name: x.numpy()})
+    for i, expected in enumerate(Reductions()(x)):
+        assert found[f"o{i}"].shape == tuple(expected.shape)
+        np.testing.assert_allclose(found[f"o{i}"], expected.numpy(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_same_bytes(precision: str, tmp_path: Path) -> None:
     model, x = tensorrt_cases.method("tome")
