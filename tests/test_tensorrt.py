@@ -256,7 +256,8 @@ class Reductions(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         whole = torch.cat([x.amin(1) + 1, 3 * x.amax(2)], dim=1)[0]
         column = x.sum(2, keepdim=True)[:, :, 0]
-        return whole * 2, column * 2, x.prod(2).sum(1)[:, None].exp(), x.mean(1)[:, None].exp(), x.amax((1, 2))[:, None, None].sqrt()
+        mean, most = x.mean(1)[:, None], x.amax((1, 2))[:, None, None]
+        return whole * 2, column * 2, x.prod(2).sum(1)[:, None].exp(), mean.exp(), most.sqrt()
 
 
 @pytest.mark.parametrize(("batch", "views"), [(1, 0), (3, 1)])
