@@ -43,8 +43,9 @@ def np_last_row(attention: Array, keep: int, first: int, stop: int) -> list[int]
     return [first + i for i in np_top(attention[:, -1, first:stop].mean(0), keep)]
 
 
-def np_sparsevlm(tokens: Array, attention: Array, keep: int, first: int, stop: int) -> list[int]:
-    relevance = np_softmax(tokens[first:stop] @ tokens[stop:].T).mean(0)
+def np_sparsevlm(given: Array, attention: Array, keep: int, first: int, stop: int, text: int) -> list[int]:
+    """`given` is what the first layer is given, with `text` tokens behind the visual ones."""
+    relevance = np_softmax(given[first:-text] @ given[-text:].T).mean(0)
     raters = [t for t in range(len(relevance)) if relevance[t] > relevance.mean() + 1e-12] or list(
         range(len(relevance))
     )
@@ -71,9 +72,11 @@ def np_dart(
     return sorted(chosen)
 
 
-def np_kept(name: str, tokens: Array, keys: Array, attention: Array, keep: int, first: int, stop: int) -> list[int]:
+def np_kept(
+    name: str, tokens: Array, keys: Array, attention: Array, keep: int, first: int, stop: int, given: Array | None = None
+) -> list[int]:
     if name == "sparsevlm":
-        return np_sparsevlm(tokens, attention, keep, first, stop)
+        return np_sparsevlm(tokens if given is None else given, attention, keep, first, stop, len(tokens) - stop)
     if name == "dart":
         return np_dart(tokens, keys, keep, first, stop)
     return np_last_row(attention, keep, first, stop)
@@ -260,7 +263,7 @@ def eager(
 
     inner, batch = model.model, len(x)
     heads, width = model.config.num_attention_heads, inner.layers[0].self_attn.head_dim
-    positions = torch.arange(x.shape[1]).expand(batch, -1)
+    positions, given = torch.arange(x.shape[1]).expand(batch, -1), x
     keys = torch.zeros(batch, model.config.num_key_value_heads, x.shape[1], width)
     weights = torch.zeros(batch, heads, x.shape[1], x.shape[1])
 
@@ -289,7 +292,7 @@ def eager(
                 [
                     [
                         *range(FIRST),
-                        *np_kept(name, x[b].numpy(), flat[b].numpy(), w[b].numpy(), keep, FIRST, stop),
+                        *np_kept(name, x[b].numpy(), flat[b].numpy(), w[b].numpy(), keep, FIRST, stop, given[b].numpy()),
                         *range(stop, x.shape[1]),
                     ]
                     for b in range(batch)

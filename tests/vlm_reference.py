@@ -121,6 +121,7 @@ class Compressed:
         tokens: list[int] = []
         for _ in range(new):
             x = torch.cat([prompt, embed(torch.tensor(tokens, dtype=torch.int64))])[None]
+            self.given = x[0]
             places = list(range(x.shape[1]))  # in the sequence; `numbers` are their positions
             numbers = places
             for i, layer in enumerate(self.decoder.layers):
@@ -148,7 +149,8 @@ class Compressed:
         if method == "pyramiddrop":
             self._block(layer, x, numbers)
         if method == "sparsevlm":
-            relevance = (x[0, image] @ x[0, text].T).softmax(dim=-1).mean(dim=0)
+            # Text that rates is chosen by what the decoder is given, all visual tokens included.
+            relevance = (self.given[self.span] @ self.given[self.span.stop :].T).softmax(dim=-1).mean(dim=0)
             raters = [n for n, value in zip(text, relevance, strict=True) if value > relevance.mean()] or text
             score = self.map[0][:, raters][:, :, image].mean(dim=(0, 1))
         else:

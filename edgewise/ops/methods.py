@@ -29,7 +29,8 @@ class Tokens:
     ones, `(T,)`, `(H, W)` or `(frames, H, W)`; `frames` the number of equal parts (frames, tiles, segments) that they
     fall into, one after the other; padding `(B, N)` is true where a token only fills up the length (None: nowhere); text
     `(T, D)` is a text embedding; weights are those of a file, by name; `has_class` says that there is a class token to
-    attend from; in a decoder `tail` holds the tokens behind the span (text), which are query rows of the attention as well.
+    attend from; in a decoder `tail` holds the tokens behind the span (text), which are query rows of the attention as well, and
+    `first (B, N0, C)` the whole sequence, tail included, as its first block is given it (None: as it is here).
     """
 
     tokens: Tensor
@@ -45,6 +46,7 @@ class Tokens:
     frames: int | None = None
     weights: Mapping[str, Tensor] | None = None
     tail: Tokens | None = None
+    first: Tensor | None = None
     block: tuple[int, int] | None = None
     """Which block of an encoder the site is in, and of how many."""
 

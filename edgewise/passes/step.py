@@ -34,8 +34,9 @@ def reduced(step: Step, anchor: Anchor, stream: Stream, given: Mapping[str, Tens
     """What the method of one step makes.
 
     `given` holds the tokens `x`, their `size` and `padding`, the `keys` and `queries` with their heads apart, the `text`, the
-    weights of the method by name, the `order` of the tokens if they are not in that of the sequence, and the attention as `q`, `k`
-    and `mask` or as `weights`. `crossed` are the tokens that were kept since that attention ran.
+    weights of the method by name, the `order` of the tokens if they are not in that of the sequence, the tokens as they were
+    `first`, and the attention as `q`, `k` and `mask` or as `weights`. `crossed` are the tokens that were kept since that attention
+    ran.
     """
     x = given["x"]
     assert x is not None
@@ -52,7 +53,7 @@ def reduced(step: Step, anchor: Anchor, stream: Stream, given: Mapping[str, Tens
         Tokens(_until(tokens, last), _until(size, last), _until(keys, last), attention.rows, stream.grid, _until(padding, last),
                step.protected, has_class=stream.prefix > 0, queries=_until(queries, last), text=given.get("text"),
                frames=stream.frames, weights=_weights(step, given), block=_block(step, stream),
-               tail=_tail(step, tokens, keys, given.get("order")) if step.tail else None),
+               tail=_tail(step, tokens, keys, given.get("order")) if step.tail else None, first=_first(step, given)),
         keep=step.keep, **dict(step.parameters))
     return with_tail(made, tokens, size, step.tail)
 
@@ -62,6 +63,11 @@ def _tail(step: Step, tokens: Tensor, keys: Tensor | None, order: Tensor | None)
     last = tokens.shape[1] - step.tail
     padding = None if order is None else order[:, last:] <= order[:, step.protected:last].amax(dim=1, keepdim=True)
     return Tokens(tokens[:, last:], keys=None if keys is None else keys[:, last:], padding=padding)
+
+
+def _first(step: Step, given: Mapping[str, Tensor | None]) -> Tensor | None:
+    first = given.get("first")
+    return None if first is None else batch_first(first, step.place.axis)
 
 
 def _block(step: Step, stream: Stream) -> tuple[int, int] | None:

@@ -44,10 +44,11 @@ def _pyramiddrop(t: Tokens, keep: int, **_: Any) -> Reduced:
 
 @method(
     name="sparsevlm", summary="Drop the visual tokens that the text tokens which look at the image attend to least, in stages.",
-    mechanism="attention", modalities=("image", "video"), sites=("decoder",), needs=("attention",),
+    mechanism="attention", modalities=("image", "video"), sites=("decoder",), needs=("attention", "first"),
     paper="SparseVLM (ICML 2025), arXiv 2410.04417",
-    limits="Counts are fixed, as in the released code. The raters (text tokens more relevant than the average) are weights of "
-           "zero and one, so that their number may differ from input to input. Dropped tokens are not recycled.",
+    limits="Counts are fixed, as in the released code. The raters (text tokens more relevant than the average, as the decoder is "
+           "given them) are weights of zero and one, so that their number may differ from input to input. Dropped tokens are not "
+           "recycled.",
     parameters=(KEEP, Parameter("stages", (300 / 576, 200 / 576, 110 / 576),
                                 "the share (or, above 1, the number) of visual tokens that stays after each stage")),
     pads_tail=True,
@@ -56,7 +57,11 @@ def _sparsevlm(t: Tokens, keep: int, **_: Any) -> Reduced:
     assert t.attend is not None
     if t.tail is None:
         raise ValueError("sparsevlm rates by text tokens behind the visual ones, and the span leaves none")
-    visual, text = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (t.tokens[:, t.protected:], t.tail.tokens))
+    # Raters are chosen once, by what the decoder is given: deeper, every token tells of the others.
+    visual, text = t.tokens[:, t.protected:], t.tail.tokens
+    if t.first is not None:
+        visual, text = t.first[:, t.protected:-t.tail.count], t.first[:, -t.tail.count:]
+    visual, text = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (visual, text))
     likeness, real = visual @ text.transpose(1, 2), torch.ones_like(text[:, :, 0])
     if t.tail.padding is not None:
         likeness, real = likeness.masked_fill(t.tail.padding[:, None], -torch.inf), (~t.tail.padding).to(text.dtype)
