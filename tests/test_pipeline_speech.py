@@ -174,9 +174,14 @@ def test_compressed_equals_an_eager_model(compressed: Path, target: str) -> None
     model = tiny_speech()
     manifest = edgewise.Bundle.open(compressed).manifest
     sites = {site.name: site.tokens_out for site in manifest.component("audio_encoder").sites}
-    assert (
-        list(sites.values()) == [42, 33, 25] and manifest.pipeline is not None and manifest.pipeline.media_tokens == 25
-    )
+    about = manifest.pipeline
+    assert list(sites.values()) == [42, 33, 25] and about is not None and about.media_tokens == 25
+    assert [(s.role, s.tokens_before, s.tokens) for s in about.stages] == [(role, 50, 25) for role in about.order]
+    assert all(0 < stage.flops < stage.flops_before for stage in about.stages)
+    # Two layers' keys and values of 32 numbers for each of the encoder's tokens, and the decoder's own caches.
+    own = [0, about.cache_bytes, about.cache_bytes]
+    assert [s.cache_bytes for s in about.stages] == [2 * 2 * 32 * 4 * 25 + held for held in own]
+    assert [s.cache_bytes_before for s in about.stages] == [2 * 2 * 32 * 4 * 50 + held for held in own]
     plan = {i: [("tome", sites[f"encoder.block[{i}]"])] for i in range(3)}
     with edgewise.load(compressed, target) as speech:
         for seed in range(2):
@@ -198,6 +203,9 @@ def test_what_the_bundle_says(bundle: Path) -> None:
     assert {(layer.tokens, layer.slots, layer.bytes) for layer in about.caches} == {
         (2, POSITIONS, 2 * 32 * POSITIONS * 4)
     }
+    assert [(s.tokens_before, s.flops_before, s.cache_bytes_before) for s in about.stages] == [
+        (s.tokens, s.flops, s.cache_bytes) for s in about.stages
+    ]
     assert manifest.notes == () and manifest.model.class_name == "WhisperForConditionalGeneration"
     assert [rung.passed for rung in manifest.verification if rung.name == "components, joined"] == [True]
 

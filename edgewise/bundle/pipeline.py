@@ -37,7 +37,8 @@ class CacheLayer(Strict):
 
 class Stage(Strict):
     """What compression makes of one component: media tokens that are left behind it (for `decode`: that its shortest cache holds),
-    FLOPs of a run, and bytes of the caches that it writes or reads; `_before`: of the model with all tokens."""
+    FLOPs of a run, and bytes of the caches that it writes or reads (those of cross-attention too); `_before`: of the model with all
+    tokens."""
 
     role: str
     tokens_before: Count

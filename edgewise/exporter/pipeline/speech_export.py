@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from edgewise.bundle.manifest import Manifest
-from edgewise.bundle.pipeline import Pipeline
+from edgewise.bundle.pipeline import CacheLayer, Pipeline, Stage
 from edgewise.errors import InputError
 from edgewise.exporter.capture import evaluating, quiet
 from edgewise.exporter.job import Job
 from edgewise.exporter.pipeline.language import eos_ids, write_tokenizer
-from edgewise.exporter.pipeline.parts import Build, cache_layers, run, source_of
+from edgewise.exporter.pipeline.parts import Build, cache_layers, flops_of, run, source_of
 from edgewise.exporter.pipeline.speech import AudioEncoder, Decode, Prefill
 from edgewise.exporter.sources import Source
 from edgewise.runtime.mel import DEFAULTS
@@ -28,6 +28,7 @@ THRESHOLD = 1e-4
 """Largest relative error of the components, joined, against the whole model."""
 
 _FEATURES = "input_features"
+_CROSS = ("cross_key", "cross_value")
 _STEPS = 3
 """New tokens whose logits are compared with those of the whole model."""
 
@@ -90,6 +91,7 @@ class _Build(Build):
         program = self.component("prefill", source_of(Prefill(model), feeds))
         steps = [_decode_inputs(run(program, one), one, room, step) for one, step in zip(feeds, (0, 2), strict=True)]
         self.component("decode", source_of(Decode(model, bucket), steps))
+        layers = cache_layers(self.parts[2], bucket, room)
         pipeline = Pipeline(
             kind="speech",
             order=ORDER,
@@ -97,11 +99,46 @@ class _Build(Build):
             new_tokens=room,
             media_tokens=encoded[0]["cross_key"][0].shape[2],
             eos_ids=eos_ids(model),
-            caches=cache_layers(self.parts[2], bucket, room),
+            caches=layers,
+            stages=self._stages(model, features, layers, feeds[0], steps[0], bucket),
             tokenizer=write_tokenizer(source, self.folder),
             **begin,
         )
         return self.joined(rung, pipeline, model)
+
+    def _stages(
+        self,
+        model: Any,
+        features: Tensor,
+        layers: tuple[CacheLayer, ...],
+        feeds: dict[str, Any],
+        step: dict[str, Any],
+        bucket: int,
+    ) -> tuple[Stage, ...]:
+        """What compression makes of each component: `feeds` and `step` are the inputs of prefill and decode, with its tokens. All
+        read what cross-attention keeps of the encoder's tokens, and the decoder has its own caches besides."""
+        with evaluating(model), quiet():
+            whole = _listed(AudioEncoder(model)(features), "cross_")
+        parts = [part.components[0] for part in self.parts]
+        every, left = (cross["cross_key"][0].shape[2] for cross in (whole, feeds))
+        before = [one.flops_before for one in parts]
+        if every != left:
+            before[1] = flops_of(Prefill(model), {**feeds, **whole})
+            before[2] = flops_of(Decode(model, bucket), {**step, **whole})
+        bytes_whole, bytes_left = (sum(t.nbytes for one in _CROSS for t in cross[one]) for cross in (whole, feeds))
+        own = [0, *[sum(layer.bytes for layer in layers)] * 2]
+        return tuple(
+            Stage(
+                role=one.role,
+                tokens_before=every,
+                tokens=left,
+                flops_before=count,
+                flops=one.flops_after,
+                cache_bytes_before=bytes_whole + held,
+                cache_bytes=bytes_left + held,
+            )
+            for one, count, held in zip(parts, before, own, strict=True)
+        )
 
     def _example(self, model: Any) -> Tensor:
         given = self.job.source.kwargs or dict(zip((_FEATURES,), self.job.source.args, strict=False))
@@ -286,7 +323,7 @@ def _decode_inputs(made: Mapping[str, Tensor], feeds: Mapping[str, Any], room: i
         "position": torch.tensor([[length + step]]),
         "length": torch.tensor([length]),
         "step": torch.tensor([step]),
-        **{name: feeds[name] for name in ("cross_key", "cross_value")},
+        **{name: feeds[name] for name in _CROSS},
         **past,
     }
 
