@@ -1,10 +1,10 @@
 """Whether bundles of vision-language models generate what the models do, for every family that was tried.
 
-    python benchmarks/vlm_families.py [FAMILY ...] [--compressed | --compress SPEC]
+    python benchmarks/vlm_families.py [FAMILY ...] [--images 2] [--compressed | --compress SPEC]
 
 Random weights at small configurations with the structure of the real ones; OpenVINO and ONNX Runtime at fp32; three prompts, 32
 tokens each, greedy. Prints a line for each family: how many of the texts are equal, and how many kinds of tokens they hold. About
-20 seconds a family on an idle core.
+20 seconds a family on an idle core. `--images 2`: prompts with two images, and text between them.
 
 With `--compressed`, tokens are taken out in front of the decoder (VisionZip where the projector reads no grid, else DivPrune behind
 it) and inside of it (FastV), and two texts are compared with the model in transformers, whose features are replaced, whose
@@ -25,12 +25,16 @@ warnings.simplefilter("ignore")
 
 from vlm_families import FAMILIES, make, noise  # noqa: E402
 from vlm_pruned import check_compressed  # noqa: E402
-from vlm_reference import IMAGE, greedy  # noqa: E402
+from vlm_reference import IMAGE, greedy_of_several  # noqa: E402
 
 import edgewise  # noqa: E402
 from edgewise.errors import EdgewiseError  # noqa: E402
 
-PROMPTS = [([1, 5, 6], [7, 8, 9]), ([], [4]), ([2] * 6, [3, 4, 5, 6, 7, 8])]
+PROMPTS = {
+    1: [[[1, 5, 6], [7, 8, 9]], [[], [4]], [[2] * 6, [3, 4, 5, 6, 7, 8]]],
+    2: [[[1, 5, 6], [7, 8], [9, 3]], [[], [2], [4]], [[2] * 4, [3, 4, 5, 6], [7, 8, 9, 10]]],
+}
+"""Texts before, between and behind the images, by the number of images."""
 TARGETS = ("openvino", "onnxruntime")
 NEW = 32
 
@@ -38,26 +42,27 @@ NEW = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--images", type=int, choices=PROMPTS, default=1)
     parser.add_argument("--compressed", action="store_true")
     parser.add_argument("--compress", action="append", default=[])
     args = parser.parse_args()
     for name in args.families:
         try:
-            print(name, compressed(name) if args.compressed else measure(name, args.compress), flush=True)
+            print(name, compressed(name, args.images) if args.compressed else measure(name, args.images, args.compress), flush=True)
         except EdgewiseError as error:
             print(name, "refused:", str(error).splitlines()[0], flush=True)
 
 
-def compressed(name: str) -> str:
+def compressed(name: str, images: int) -> str:
     """Compare one family, compressed, with the reference of the tests, which raises where a token differs."""
     spec, kept = ("visionzip:keep=20,context=4", 24) if name in ("llava", "paligemma") else ("divprune@projector.out:keep=9", 9)
     with tempfile.TemporaryDirectory() as folder:
-        return f"{spec}, {check_compressed(name, spec, kept, Path(folder) / 'b', TARGETS)} in the caches, all equal"
+        return f"{spec}, {check_compressed(name, spec, kept, Path(folder) / 'b', TARGETS, images)} in the caches, all equal"
 
 
-def measure(name: str, specs: list[str]) -> str:
+def measure(name: str, images: int, specs: list[str]) -> str:
     """Export one family and compare what it generates."""
-    model, example = make(name)
+    model, example = make(name, images)
     with tempfile.TemporaryDirectory() as folder:
         bundle = edgewise.export(
             model,
@@ -65,6 +70,7 @@ def measure(name: str, specs: list[str]) -> str:
             example=example,
             targets=TARGETS,
             compress=specs,
+            images=images,
             prompt_tokens=12,
             new_tokens=NEW,
             cache=False,
@@ -76,17 +82,16 @@ def measure(name: str, specs: list[str]) -> str:
         texts: dict[str, list[list[int]]] = {}
         for target in TARGETS:
             with edgewise.load(bundle, target=target) as loaded:
-                texts[target] = [
-                    loaded.generate(input_ids=[*before, IMAGE, *after], image=pixels.numpy()).ids for before, after in PROMPTS
-                ]
+                asked = [[*prompt[0], *(token for text in prompt[1:] for token in (IMAGE, *text))] for prompt in PROMPTS[images]]
+                texts[target] = [loaded.generate(input_ids=ids, images=pixels.numpy()).ids for ids in asked]
         if specs:
             wanted = texts["onnxruntime"]
         else:
-            wanted = [greedy(model, pixels, *prompt, pipeline.media_tokens, NEW, **others) for prompt in PROMPTS]
+            wanted = [greedy_of_several(model, pixels, prompt, pipeline.media_tokens, NEW, **others) for prompt in PROMPTS[images]]
         equal = ", ".join(f"{t} {sum(a == b for a, b in zip(texts[t], wanted, strict=True))} of 3 equal" for t in TARGETS)
         kinds = [len(set(text)) for text in wanted]
         kept = [cache.media for cache in pipeline.caches]
-        return f"{pipeline.media_tokens} visual tokens, {kept} in the caches; {equal}; kinds of tokens {kinds}"
+        return f"{images} x {pipeline.media_tokens} visual tokens, {kept} in the caches; {equal}; kinds of tokens {kinds}"
 
 
 if __name__ == "__main__":

@@ -59,6 +59,30 @@ def test_ops_have_one_name() -> None:
     assert not {t for t in targets if "concat" in t or "multiply" in t or "subtract" in t or "swap" in t}
 
 
+class Parted(nn.Module):
+    """A batch as a list for a while: of all samples in order along one dimension, or not."""
+
+    def __init__(self, dim: int, order: tuple[int, ...]) -> None:
+        super().__init__()
+        self.dim, self.order = dim, order
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.unbind(x * 2, 1)
+        return torch.stack([parts[i] for i in self.order], self.dim)
+
+
+@pytest.mark.parametrize(
+    ("dim", "order", "gone"),
+    [(1, (0, 1, 2), True), (-2, (0, 1, 2), True), (0, (0, 1, 2), False), (1, (0, 2, 1), False), (1, (0, 1), False)],
+)
+def test_what_is_parted_and_joined_is_left_whole(dim: int, order: tuple[int, ...], gone: bool) -> None:
+    model, x = Parted(dim, order), torch.randn(3, 3, 4)
+    program = capture(model, (x,))
+    targets = {str(n.target) for n in program.base.graph.nodes}
+    assert ("aten.stack.default" not in targets) == ("aten.unbind.int" not in targets) == gone
+    torch.testing.assert_close(program.base.module()(x), model(x))
+
+
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
 def test_flags_through_an_export(target: str, tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification

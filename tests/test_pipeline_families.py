@@ -66,16 +66,26 @@ def test_what_a_bundle_generates(name: str, target: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "spec", "kept"),
+    ("name", "spec", "kept", "images"),
     [
-        ("paligemma", "visionzip:keep=20,context=4", 24),
-        ("internvl", "divprune@projector.out:keep=9", 9),
-        ("qwen2-vl", "divprune@projector.out:keep=9", 9),
+        ("paligemma", "visionzip:keep=20,context=4", 24, 1),
+        ("internvl", "divprune@projector.out:keep=9", 9, 1),
+        ("qwen2-vl", "divprune@projector.out:keep=9", 9, 2),
     ],
 )
-def test_compressed_as_research_code_does_it(name: str, spec: str | None, kept: int, tmp_path: Path) -> None:
+def test_compressed_as_research_code_does_it(name: str, spec: str, kept: int, images: int, tmp_path: Path) -> None:
     """In front of the decoder and inside of it. `benchmarks/vlm_families.py --compressed` does the same for every family."""
-    check_compressed(name, spec, kept, tmp_path / "b", ("openvino",))
+    check_compressed(name, spec, kept, tmp_path / "b", ("openvino",), images)
+
+
+def test_images_of_different_shapes_are_refused(tmp_path: Path) -> None:
+    model, example = make("qwen2-vl", 2)
+    example["image_grid_thw"] = torch.tensor([[1, 8, 8], [1, 4, 16]])
+    with pytest.raises(InputError, match="different shapes"):
+        edgewise.export(model, tmp_path / "b", example=example, images=2, prompt_tokens=10, new_tokens=4)
+    with pytest.raises(InputError, match=r"not 3 images"):
+        edgewise.export(model, tmp_path / "b", example=example, images=3, prompt_tokens=10, new_tokens=4)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(("method", "name"), [("divprune", "qwen2-vl"), ("dpcknn", "qwen2.5-vl"), ("random", "qwen2-vl")])
@@ -85,7 +95,7 @@ def test_tokens_bring_their_places(method: str, name: str) -> None:
     pixels = example.pop("pixel_values")
     seam, _ = learn(media.IMAGE, model, pixels, example, 12, 0)
     places = torch.from_numpy(seam.offsets)
-    encoder = VisionEncoder(model, example, places)
+    encoder = VisionEncoder(model, example, places=places)
     program = edgewise.compress(capture(encoder, (pixels,)).with_role(tokens="visual"), f"{method}@projector.out:keep=7")
     for other in (noise(*pixels.shape, seed=9), torch.zeros_like(pixels)):
         with torch.no_grad():
@@ -141,5 +151,6 @@ def test_a_window_shorter_than_the_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_options_of_pipelines_are_for_pipelines(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="prompt-tokens"):
-        edgewise.export(nn.Linear(2, 2), tmp_path / "b", example=(torch.ones(1, 2),), prompt_tokens=4)
+    for given in ({"prompt_tokens": 4}, {"images": 2}):
+        with pytest.raises(InputError, match="prompt-tokens"):
+            edgewise.export(nn.Linear(2, 2), tmp_path / "b", example=(torch.ones(1, 2),), **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from conftest import Cli
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from vlm_reference import IMAGE, Compressed, Compression, greedy, llava, save_llava, zipped
+from vlm_reference import IMAGE, Compressed, Compression, greedy, greedy_of_several, llava, save_llava, zipped
 
 import edgewise
 from edgewise.errors import InputError
@@ -130,7 +131,8 @@ def test_the_bundle_says_what_caches_hold(plain: edgewise.Bundle, compressed: ed
         ({"input_ids": [1, IMAGE]}, "ends with its image"),
         ({"input_ids": [IMAGE, *range(BUCKET + 1)]}, "13 tokens besides the image, and this bundle takes 12"),
         ({"input_ids": [IMAGE, 1], "image": None}, "no image"),
-        ({"input_ids": [IMAGE, 1], "image": [image(0).numpy()] * 2}, "2 images"),
+        ({"input_ids": [IMAGE, 1], "image": [image(0).numpy()] * 2}, "2 images are given, and this bundle takes 1"),
+        ({"input_ids": [IMAGE, 1], "images": [image(0).numpy()]}, "image or images, and not both"),
         ({"input_ids": [IMAGE, 1], "image": np.zeros((1, 3, 8, 8))}, "shape"),
         ({"input_ids": [IMAGE, 1], "image": __file__}, "no image that can be read"),
         ({"input_ids": [IMAGE, 1], "image": "absent.png"}, "does not exist"),
@@ -166,3 +168,33 @@ def test_the_command_line_answers_as_the_model_does(cli: Cli, tmp_path: Path) ->
     assert asked["text"] in streamed.out
     twice = cli("run", out, "--image", picture, "--prompt", "<image> is <image>")
     assert twice.code == 2 and "write one" in twice.err
+
+
+def test_several_images_between_the_text(cli: Cli, tmp_path: Path) -> None:
+    """Each in the place of its placeholder; with the template, all before the question, as the processor has them."""
+    folder, out = tmp_path / "model", tmp_path / "b"
+    folder.mkdir()
+    model = save_llava(folder)
+    files = [tmp_path / "x.png", tmp_path / "y.png"]
+    for seed, file in enumerate(files):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(file)
+    asked = ["--target", "openvino", "--prompt-tokens", 16, "--new-tokens", 32]
+    assert cli("export", folder, "--images", 2, *asked, "-o", out).code == 0
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    pixels = processor([Image.open(file) for file in files], return_tensors="pt")["pixel_values"]
+    tokenizer, shown = AutoTokenizer.from_pretrained(folder), ["--image", files[0], "--image", files[1], "--json", "--quiet"]
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what is this"}]
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    texts = []
+    for prompt, written in (("what is this", whole), ("w7 <image> is w8 <image> this w9", "w7 <image> is w8 <image> this w9")):
+        made = cli("run", out, "--prompt", prompt, *shown).document["ids"]
+        between = [tokenizer.encode(text) for text in written.split("<image>")]
+        assert made == greedy_of_several(model, pixels, between, 64, 32) and len(set(made)) > 8
+        texts.append(made)
+    assert cli("run", out, "--prompt", "what is this", *shown[2:4], *shown[:2], *shown[4:]).document["ids"] != texts[0]
+    for given, message in (
+        (["--prompt", "what", *shown[:2]], "1 image is given, and this bundle takes 2"),
+        (["--prompt", "what <image>", *shown[:4]], "1 image placeholder.*2 images are given"),
+    ):
+        wrong = cli("run", out, *given)
+        assert wrong.code == 2 and re.search(message, " ".join(wrong.err.split()))

@@ -152,8 +152,9 @@ FAMILIES: dict[str, Callable[[], Family]] = {
 }
 
 
-def make(name: str) -> Family:
-    """A model in evaluation mode, the same every time, and its example inputs."""
+def make(name: str, images: int = 1) -> Family:
+    """A model in evaluation mode, the same every time, and its example inputs, for prompts with so many images."""
     torch.manual_seed(0)
     model, example = FAMILIES[name]()
-    return model.eval(), example
+    tiles = name in ("idefics3", "smolvlm")  # of all images one behind the other
+    return model.eval(), {k: torch.cat([v] * images, int(tiles and k == "pixel_values")) for k, v in example.items()}

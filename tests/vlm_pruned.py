@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vlm_families import make, noise
-from vlm_reference import IMAGE, Compression, greedy, zipped
+from vlm_reference import IMAGE, Compression, greedy_of_several, zipped
 
 import edgewise
 
@@ -43,19 +43,24 @@ def features(model: Any, choose: Choose) -> Iterator[None]:
 
 
 @contextmanager
-def positions(model: Any, stay: list[int], count: int) -> Iterator[None]:
-    """While this holds, an image's tokens in a prompt are those that `stay` of `count`, at the positions in time, height and width
-    that they had among all, and so is the text behind them."""
+def positions(model: Any, stays: list[list[int]], count: int) -> Iterator[None]:
+    """While this holds, an image's tokens in a prompt are those that stay of `count`, at the positions in time, height and width
+    that they had among all, and so is the text behind them. `stays` says which, image by image."""
     inner, original = model.model, model.model.get_rope_index
 
     @wraps(original)
     def gathered(input_ids: Tensor, *, mm_token_type_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         assert attention_mask.all()
-        start = int((input_ids[0] == IMAGE).float().argmax())
-        whole = torch.cat([input_ids[:, :start], torch.full((1, count), IMAGE), input_ids[:, start + len(stay) :]], dim=1)
-        where, delta = original(whole, mm_token_type_ids=(whole == IMAGE).long(), **kwargs)
-        columns = [*range(start), *(start + n for n in stay), *range(start + count, whole.shape[1])]
-        return where[..., columns], delta + count - len(stay)
+        left, whole, columns = input_ids[0].tolist(), [], []
+        for stay in stays:
+            start = left.index(IMAGE)
+            columns += [*range(len(whole), len(whole) + start), *(len(whole) + start + n for n in stay)]
+            whole += [*left[:start], *[IMAGE] * count]
+            left = left[start + len(stay) :]
+        columns += range(len(whole), len(whole) + len(left))
+        ids = torch.tensor([[*whole, *left]])
+        where, delta = original(ids, mm_token_type_ids=(ids == IMAGE).long(), **kwargs)
+        return where[..., columns], delta + ids.shape[1] - input_ids.shape[1]
 
     inner.get_rope_index = gathered
     try:
@@ -65,16 +70,16 @@ def positions(model: Any, stay: list[int], count: int) -> Iterator[None]:
 
 
 @contextmanager
-def fastv(model: Any, block: int, keep: int, span: range) -> Iterator[None]:
-    """While this holds, layers from `block` on see `keep` of the tokens of `span` (FastV), in the prompt and behind it."""
+def fastv(model: Any, block: int, keep: int, span: list[int]) -> Iterator[None]:
+    """While this holds, layers from `block` on see `keep` of the tokens at places `span` (FastV), in the prompt and behind it."""
     model.set_attn_implementation("eager")
     layers = model.get_decoder().layers
     state: dict[str, Any] = {}
 
     def scored(module: Any, args: Any, out: Any) -> None:
         if out[1].shape[2] > 1:
-            state["count"], score = out[1].shape[-1], out[1][0].mean(dim=0)[-1, span.start : span.stop]
-            best = {span.start + int(n) for n in score.argsort(descending=True, stable=True)[:keep]}
+            state["count"], score = out[1].shape[-1], out[1][0].mean(dim=0)[-1, span]
+            best = {span[int(n)] for n in score.argsort(descending=True, stable=True)[:keep]}
             state["stay"] = [n for n in range(state["count"]) if n not in span or n in best]
 
     def cut(number: int) -> Any:
@@ -120,49 +125,61 @@ def divprune(x: Tensor, keep: int) -> list[int]:
 
 
 BLOCK, KEEP, NEW = 2, 5, 32
-PROMPTS = [([1, 5, 6], [7, 8, 9]), ([], [4])]
+PROMPTS = [[[1, 5, 6], [7, 8, 9]], [[], [4]]]
+OF_TWO = [[[1, 5, 6], [7, 8], [9, 3]], [[], [2], [4]]]
+"""Texts before, between and behind the images."""
 
 
-def check_compressed(name: str, spec: str | None, kept: int, out: Path, targets: tuple[str, ...]) -> str:
-    """Export a family with `spec` (VisionZip or DivPrune, None: nothing) in front of its decoder and FastV inside of it, and
-    compare every token that it generates with this. Gives back what the caches hold."""
-    model, example = make(name)
+def check_compressed(name: str, spec: str, kept: int, out: Path, targets: tuple[str, ...], images: int = 1) -> str:
+    """Export a family with `spec` (VisionZip or DivPrune, which leave `kept` tokens of every image) in front of its decoder and
+    FastV inside of it, for prompts with one image or two, and compare every token that it generates with this. Gives back what the
+    caches hold."""
+    model, example = make(name, images)
     fast = f"fastv@decoder.block[{BLOCK}]:keep={KEEP}"
     bundle = edgewise.export(
         model,
         out,
         example=example,
         targets=targets,
-        compress=[*([spec] if spec else []), fast],
+        compress=[spec, fast],
+        images=images,
         prompt_tokens=10,
         new_tokens=NEW,
         cache=False,
     )
     about = bundle.manifest.pipeline
     assert about is not None and about.media_tokens == kept
-    assert [cache.media for cache in about.caches] == [kept] * BLOCK + [KEEP] * (4 - BLOCK)
+    assert [cache.media for cache in about.caches] == [images * kept] * BLOCK + [KEEP] * (4 - BLOCK)
     pixels = noise(*example.pop("pixel_values").shape, seed=5)
     # LLaVA reads the block before the last.
     zipped_at = Compression(tower=2 if name == "llava" else 3, dominant=20, context=4, stages={})
-    wanted = []
-    for before, after in PROMPTS:
+    wanted, prompts = [], PROMPTS if images == 1 else OF_TWO
+    for texts in prompts:
         model, _ = make(name)
+        span, place = [], 0
+        for text in texts[:-1]:
+            place += len(text)
+            span += range(place, place + kept)
+            place += kept
         with ExitStack() as stack, torch.no_grad():
-            if spec is not None and spec.startswith("visionzip"):
-                few = zipped(model, pixels, zipped_at)
+            if spec.startswith("visionzip"):
+                few = torch.cat([zipped(model, one, zipped_at) for one in pixels.chunk(images)])
                 stack.enter_context(features(model, lambda x, few=few: few))
-            elif spec is not None:
+            else:
                 whole = model.model.get_image_features(pixel_values=pixels, **example).pooler_output
                 rows = torch.cat([one.reshape(-1, one.shape[-1]) for one in whole])
-                stay = divprune(rows, kept)
-                stack.enter_context(features(model, lambda x, stay=stay: x[stay]))
+                count = len(rows) // images
+                stays = [divprune(one, kept) for one in rows.split(count)]
+                chosen = [turn * count + n for turn, stay in enumerate(stays) for n in stay]
+                stack.enter_context(features(model, lambda x, chosen=chosen: x[chosen]))
                 if hasattr(model.model, "get_rope_index"):
-                    stack.enter_context(positions(model, stay, len(rows)))
-            stack.enter_context(fastv(model, BLOCK, KEEP, range(len(before), len(before) + kept)))
-            wanted.append(greedy(model, pixels, before, after, kept, NEW, **example))
+                    stack.enter_context(positions(model, stays, count))
+            stack.enter_context(fastv(model, BLOCK, KEEP, span))
+            wanted.append(greedy_of_several(model, pixels, texts, kept, NEW, **example))
         assert len(set(wanted[-1])) > 6
     for target in targets:
         with edgewise.load(bundle, target=target) as loaded:
-            for (before, after), ids in zip(PROMPTS, wanted, strict=True):
-                assert loaded.generate(input_ids=[*before, IMAGE, *after], image=pixels.numpy()).ids == ids, (name, target)
+            for texts, ids in zip(prompts, wanted, strict=True):
+                asked = [*texts[0], *(token for text in texts[1:] for token in (IMAGE, *text))]
+                assert loaded.generate(input_ids=asked, images=pixels.numpy()).ids == ids, (name, target)
     return str([cache.media for cache in about.caches])

@@ -47,7 +47,12 @@ def llava() -> Any:
 
 def greedy(model: Any, pixels: Tensor, before: list[int], after: list[int], count: int, new: int, **more: Any) -> list[int]:
     """What the model itself generates, told of its tokens what the model's processor would say."""
-    ids = torch.tensor([[*before, *[IMAGE] * count, *after]])
+    return greedy_of_several(model, pixels, [before, after], count, new, **more)
+
+
+def greedy_of_several(model: Any, pixels: Tensor, texts: list[list[int]], count: int, new: int, **more: Any) -> list[int]:
+    """The same for a prompt with images of `count` tokens each between its texts."""
+    ids = torch.tensor([[*texts[0], *(token for text in texts[1:] for token in (*[IMAGE] * count, *text))]])
     model.generation_config.eos_token_id = None
     takes, marks = inspect.signature(model.forward).parameters, (ids == IMAGE).long()
     if "mm_token_type_ids" in takes:

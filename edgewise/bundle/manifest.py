@@ -20,10 +20,10 @@ from edgewise.schema import Strict
 from edgewise.verify.ladder import Rung
 
 FORMAT = "edgewise-bundle"
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 """Goes up with every new key, as older readers refuse keys that they do not know. All lower versions are read: new keys have
 defaults. 2: `notes`. 3: `pipeline`. 4: `calibration`, `quantisation`. 5: `variant_of`, `function`, and
-`compress` of components."""
+`compress` of components. 6: `media_items` of a pipeline."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -185,7 +185,7 @@ class Manifest(Strict):
     """
 
     format: Literal["edgewise-bundle"] = "edgewise-bundle"
-    schema_version: Literal[1, 2, 3, 4, 5] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3, 4, 5, 6] = SCHEMA_VERSION
     edgewise_version: str
     model: ModelInfo
     compress: tuple[str, ...] = ()

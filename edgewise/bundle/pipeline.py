@@ -53,7 +53,8 @@ class Pipeline(Strict):
     """How components make one generative model.
 
     - `order`: roles in the order in which they run. `prompt_tokens`: the prompt's bucket. `new_tokens`: the most that can be
-      generated. `media_tokens`: tokens that one image or recording becomes in front of the decoder.
+      generated. `media_tokens`: tokens that one image or recording becomes in front of the decoder; `media_items`: how many
+      of these a prompt has.
     - `placeholder_id`: the token that stands for media in a prompt, `placeholder` its text; `before` and `after` are ids that the
       model's processor puts around them.
     - `media_positions`: rows of positions of an image's tokens, from that of the first, where they are not numbered as text is.
@@ -71,6 +72,7 @@ class Pipeline(Strict):
     prompt_tokens: Some
     new_tokens: Some
     media_tokens: Count = 0
+    media_items: Some = 1
     placeholder_id: Count | None = None
     placeholder: str = ""
     before: tuple[Count, ...] = ()

@@ -72,6 +72,9 @@ def export(
     ] = None,
     input_shapes: options.InputShapes = None,
     batch: options.Batch = None,
+    images: Annotated[
+        int | None, typer.Option("--images", metavar="K", help="Of a generative model: images in every prompt. Default: 1.")
+    ] = None,
     prompt_tokens: Annotated[
         int | None,
         typer.Option("--prompt-tokens", metavar="N", help="Of a generative model: the longest prompt, image aside. Default: 128."),
@@ -116,6 +119,7 @@ def export(
             devices=device or defaults.devices,
             input_shapes=parse_shapes(input_shapes) if input_shapes else defaults.input_shapes,
             batch=defaults.batch if batch is None else batch,
+            images=defaults.images if images is None else images,
             prompt_tokens=defaults.prompt_tokens if prompt_tokens is None else prompt_tokens,
             new_tokens=defaults.new_tokens if new_tokens is None else new_tokens,
             seed=defaults.seed if seed is None else seed,

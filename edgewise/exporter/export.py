@@ -48,6 +48,7 @@ def export(
     devices: Sequence[str] = (),
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     batch: int = 1,
+    images: int = 1,
     prompt_tokens: int | None = None,
     new_tokens: int | None = None,
     seed: int = 0,
@@ -76,6 +77,7 @@ def export(
             artifact before it was quantised.
         devices: what to build for ahead of time, as far as the targets can: `sm86` for `tensorrt`.
         input_shapes, batch, trust_remote_code, weights_only: see `load_source`.
+        images: of a generative model: how many images every prompt has. The example is of as many.
         prompt_tokens, new_tokens: of a generative model: the longest prompt besides the image, and the most tokens generated.
         seed: of example inputs, where no real ones are at hand. cache: reuse lowered artifacts.
 
@@ -94,7 +96,7 @@ def export(
         chosen = [target.for_images({}) for target in chosen]
     if batch < 1:
         raise InputError(f"batch={batch}: the first dimension of the inputs is 1 or more")
-    for name, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
+    for name, count in (("images", images), ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
         if count is not None and count < 1:
             raise InputError(f"{name}={count}: give 1 or more")
     drop = None if max_drop is None else parse_drop(max_drop)
@@ -107,7 +109,7 @@ def export(
         source = load_source(
             model,
             input_shapes=input_shapes,
-            batch=batch,
+            batch=max(batch, images),
             seed=seed,
             trust_remote_code=trust_remote_code,
             weights_only=weights_only,
@@ -124,6 +126,7 @@ def export(
         devices=tuple(devices),
         input_shapes={k: tuple(v) for k, v in (input_shapes or {}).items()},
         batch=batch,
+        images=images,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         seed=seed,
@@ -178,6 +181,8 @@ def _whole(job: Job, folder: Path) -> Manifest:
 
     for kind in (vision_language, speech):
         if kind.is_pipeline(job.source):
+            if job.recipe.images > 1 and kind is not vision_language:
+                raise InputError(f"{job.source.class_name} takes no images: leave --images out")
             if job.recipe.compress_variants:
                 raise InputError(
                     f"{job.source.class_name} becomes several components, whose caches are of one compression: leave the variants "
@@ -187,9 +192,9 @@ def _whole(job: Job, folder: Path) -> Manifest:
                 name = job.source.class_name
                 raise InputError(f"{name} becomes several components, whose inputs are arrays: leave --image-input out")
             return kind.build_pipeline(job, folder)
-    if job.recipe.prompt_tokens or job.recipe.new_tokens:
+    if job.recipe.prompt_tokens or job.recipe.new_tokens or job.recipe.images > 1:
         raise InputError(
-            f"{job.source.class_name} generates no text: --prompt-tokens and --new-tokens have no meaning for it"
+            f"{job.source.class_name} generates no text: --images, --prompt-tokens and --new-tokens have no meaning for it"
         )
     if job.recipe.compress_variants:
         return build_variants(job, folder)

@@ -23,7 +23,7 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_several)]
 class Recipe(Strict):
     """What is asked of an export: one bundle. `compress_variants` are other compressions, which become further functions of its
     artifacts; `image_input`: they take images; `input_shapes` by input name; `devices` that artifacts are built for ahead of time;
-    `prompt_tokens`, `new_tokens` of a generative model (None: the default); `calibration` (data by name),
+    `images` of a prompt, `prompt_tokens`, `new_tokens` of a generative model (None: the default); `calibration` (data by name),
     `calibration_samples`, `skip_quant` (patterns of layers) and `max_drop` of the quantisation.
 
     The fields have the names of the arguments of `edgewise.export`, and `recipe.yaml` in a bundle holds all of them.
@@ -38,6 +38,7 @@ class Recipe(Strict):
     devices: Words = ()
     input_shapes: dict[str, tuple[int, ...]] = {}
     batch: Annotated[int, Field(ge=1)] = 1
+    images: Annotated[int, Field(ge=1)] = 1
     prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     new_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0

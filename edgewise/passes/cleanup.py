@@ -150,6 +150,31 @@ def _drop_no_ops(editor: Editor) -> bool:
     return modified
 
 
+def _join_parted(editor: Editor) -> bool:
+    """Remove what takes a value apart along a dimension and stacks it again: samples that a model has in a list for a while."""
+    modified = False
+    for node in list(editor.graph.nodes):
+        if node.target is not aten.stack.default:
+            continue
+        parts: Any = node.args[0]
+        whole = parts[0].args[0] if parts[0].target is operator.getitem else None
+        if not isinstance(whole, fx.Node) or whole.target is not aten.unbind.int:
+            continue
+        same = [part.target is operator.getitem and part.args == (whole, i) for i, part in enumerate(parts)]
+        source, rank = whole.args[0], node.meta["val"].ndim
+        if all(same) and len(same) == len(whole.meta["val"]) and _dim(whole) % rank == _dim(node) % rank:
+            node.replace_all_uses_with(source)  # type: ignore[arg-type]
+            editor.graph.erase_node(node)
+            modified = True
+    return modified
+
+
+def _dim(node: fx.Node) -> int:
+    """The dimension of an `unbind` or a `stack`."""
+    found: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return int(found)
+
+
 _ASSERTS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_async.default,
             aten._assert_scalar.default, aten.sym_constrain_range_for_size.default}
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default}
@@ -270,6 +295,7 @@ _STEPS: tuple[Callable[[Editor], bool], ...] = (
     Editor.drop_constant_inputs,
     _use_one_name,
     _decompose_einsum,  # first: what it is spelled out as needs the same cleaning as all else
+    _join_parted,
     _drop_no_ops,  # before folding, so that asserts do not hold constants alive
     _fold_constants,
     _drop_dead_masks,  # a mask is known to be dead only when it is folded

@@ -159,7 +159,7 @@ SITES = {"block": "encoder.block[i]", "out": "encoder.out", "projector": "projec
 def places_of(analysis: Analysis, spec: Spec) -> tuple[Stream, list[Place]]:
     """The stream and places that a spec names, or those that are its method's default."""
     name = spec.method.name
-    if not analysis.streams:
+    if not analysis.streams or (spec.site is None and all(s.role == PROJECTOR for s in analysis.streams)):
         raise _no_streams(analysis, name)
     by_name = {p.name: (s, p) for s in analysis.streams for p in s.places}
     if spec.site is None:

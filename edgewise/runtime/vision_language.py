@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from edgewise.errors import InputError
 from edgewise.runtime.generate import Generation
 from edgewise.runtime.pipeline import GenerativePipeline, OnText
+from edgewise.runtime.places import items_axis, placed
 from edgewise.runtime.sampling import Sampling
 
 
@@ -36,8 +36,8 @@ class MediaLanguage(GenerativePipeline):
     ) -> Generation:
         """Generate text for a prompt and what `feeds` gives to the encoder."""
         about = self.description
-        before, after = self._split(self._ids(prompt, input_ids))
-        length = len(before) + len(after)
+        texts = self._split(self._ids(prompt, input_ids))
+        length = sum(map(len, texts))
         if length > about.prompt_tokens:
             raise InputError(
                 f"the prompt has {length} tokens besides the {self.noun}, and this bundle takes {about.prompt_tokens}: shorten it, "
@@ -49,42 +49,23 @@ class MediaLanguage(GenerativePipeline):
         encoded = self.sessions[role].run(given)
         into.timed(role, start)
         made = self.decoder.tokens(
-            {self.tokens: encoded[self.tokens], **self._placed(before, after, encoded)},
+            {self.tokens: encoded[self.tokens].reshape(1, -1, encoded[self.tokens].shape[-1]), **self._placed(texts, encoded)},
             length=length,
-            position=length + about.media_advance,
+            position=length + about.media_items * about.media_advance,
             sampling=sampling or Sampling(),
             most=about.new_tokens if max_new_tokens is None else max_new_tokens,
             into=into,
         )
         return self._collect(made, into, on_text)
 
-    def _placed(self, before: list[int], after: list[int], encoded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The prompt in its bucket, behind the fill, and where every token is in the sequence: -1 for the fill. Positions of media
-        are those of `encoded` where the encoder gives them."""
-        name = f"{self.tokens}_position"
-        about, start = self.description, len(before)
-        length = start + len(after)
-        ids = np.zeros((1, about.prompt_tokens), np.int64)
-        ids[0, about.prompt_tokens - length :] = before + after
-
-        def position(behind: int) -> np.ndarray:
-            made = np.full((1, about.prompt_tokens), -1, np.int64)
-            made[0, about.prompt_tokens - length :] = [*range(start), *range(start + behind, length + behind)]
-            return made
-
+    def _placed(self, texts: Sequence[Sequence[int]], encoded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The prompt, and where its tokens are. Positions of media are those of `encoded` where the encoder gives them."""
+        about, name = self.description, f"{self.tokens}_position"
         places = encoded.get(name)
-        order = start + np.arange(about.media_tokens, dtype=np.int64)[None]
-        if places is None and not about.media_positions:
-            return {name: order, "input_ids": ids, "position": position(about.media_advance)}
-        rows = (np.array(about.media_positions, np.int64) if places is None else places[0].astype(np.int64)) + start
-        text = np.repeat(position(about.media_advance), len(rows), axis=0)
-        if len(rows) == 1:
-            return {name: rows, "input_ids": ids, "position": text}
-        return {
-            name: np.concatenate([order, rows])[None],
-            "input_ids": ids,
-            "position": np.concatenate([position(about.media_tokens), text])[None],
-        }
+        if places is None:
+            rows = np.array(about.media_positions or [range(about.media_tokens)], np.int64)
+            places = np.stack([rows] * about.media_items)
+        return placed(texts, places, about.media_advance, about.prompt_tokens, name)
 
     def _ids(self, prompt: str | None, input_ids: Sequence[int] | None) -> list[int]:
         about = self.description
@@ -97,27 +78,32 @@ class MediaLanguage(GenerativePipeline):
         special = whole == prompt or bool(about.settings.get("template_special", True))
         return self.tokenizer.encode(whole, special=special)
 
-    def _split(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """The ids before and behind the media, with those that the model wants around it."""
+    def _split(self, ids: list[int]) -> list[list[int]]:
+        """The ids before, between and behind the media, with those that the model wants around each."""
         about = self.description
         mark = about.placeholder or f"token {about.placeholder_id}"
         places = [i for i, token in enumerate(ids) if token == about.placeholder_id]
         if not places:
             raise InputError(f"the prompt has no {self.noun} placeholder: write {mark} where the {self.noun} belongs")
-        runs = 1 + sum(after - before > 1 for before, after in itertools.pairwise(places))
-        if runs > 1 or len(places) not in (1, about.settings.get("processor_tokens")):
+        # A processor writes as many for an image or a recording as it becomes tokens.
+        width = about.settings.get("processor_tokens") or 1
+        expanded = width > 1 and len(places) == width * about.media_items
+        groups = [places[i : i + width] for i in range(0, len(places), width)] if expanded else [[i] for i in places]
+        if len(groups) != about.media_items or any(group[-1] - group[0] >= len(group) for group in groups):
+            wanted = f"one {self.noun} is" if about.media_items == 1 else f"{about.media_items} {self.noun}s are"
             raise InputError(
-                f"the prompt has {len(places)} {self.noun} placeholders ({mark}), and one {self.noun} is given: write one"
+                f"the prompt has {len(places)} {self.noun} placeholders ({mark}), and {wanted} given: write one for each"
             )
-        expanded = len(places) > 1
-        before, after = ids[: places[0]], ids[places[-1] + 1 :]
+        ends = [-1, *(group[-1] for group in groups)]
+        texts = [ids[end + 1 : group[0]] for end, group in zip(ends, groups, strict=False)] + [ids[ends[-1] + 1 :]]
         if not expanded:
-            before, after = [*before, *about.before], [*about.after, *after]
-        if not after:
+            for i in range(len(groups)):
+                texts[i], texts[i + 1] = [*texts[i], *about.before], [*about.after, *texts[i + 1]]
+        if not texts[-1]:
             raise InputError(
                 f"the prompt ends with its {self.noun}, and the text behind it is what is answered: put the question there"
             )
-        return before, after
+        return texts
 
 
 class VisionLanguage(MediaLanguage):
@@ -131,46 +117,61 @@ class VisionLanguage(MediaLanguage):
         prompt: str | None = None,
         image: str | os.PathLike[str] | np.ndarray | Sequence[Any] | None = None,
         *,
+        images: Sequence[Any] | np.ndarray | None = None,
         input_ids: Sequence[int] | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
         on_text: OnText | None = None,
     ) -> Generation:
-        """Generate text for an image and a prompt.
+        """Generate text for an image, or for several, and a prompt.
 
         Args:
-            prompt: the question; the model's template goes around it, unless it holds the image's placeholder itself.
+            prompt: the question; the model's template goes around it, unless it holds the images' placeholders itself.
             image: a file, a picture `(H, W, 3)` in uint8, or the array that the encoder takes.
-            input_ids: the prompt as token ids instead, with one placeholder.
+            images: so many of these as the bundle was exported for (`--images`), in the order of the placeholders.
+            input_ids: the prompt as token ids instead, with one placeholder for each image.
             max_new_tokens: by default as many as the bundle has room for.
             on_text: called with each piece of the text as soon as it is known.
 
-        Raises InputError for a prompt without a placeholder, with several, or longer than the bucket, and for a wrong image.
+        Raises InputError for a prompt with more or fewer placeholders than images, or longer than the bucket, and for wrong images.
         """
+        if image is not None and images is not None:
+            raise InputError("give image or images, and not both")
+        given = image if images is None else images
         return self._answer(
-            lambda into: {self._image_input.name: self._pixels(image)}, prompt, input_ids, max_new_tokens, sampling, on_text
+            lambda into: {self._image_input.name: self._pixels(given)}, prompt, input_ids, max_new_tokens, sampling, on_text
         )
 
     @property
     def _image_input(self) -> Any:
         return self.sessions["vision_encoder"].inputs[0]
 
-    def _pixels(self, image: Any) -> np.ndarray:
-        info = self._image_input
-        if image is None:
+    def _pixels(self, given: Any) -> np.ndarray:
+        """All images as the encoder takes them."""
+        info, items = self._image_input, self.description.media_items
+        if given is None:
             raise InputError("no image: this model answers questions about one; give --image FILE (image=...)")
-        if isinstance(image, (list, tuple)):
-            if len(image) != 1:
-                raise InputError(f"{len(image)} images are given, and the prompt has one placeholder: give one image")
-            image = image[0]
+        if not isinstance(given, (list, tuple)):
+            if isinstance(given, np.ndarray) and given.shape == info.shape:
+                return given.astype(info.dtype)
+            given = [given]
+        if len(given) != items:
+            count = "1 image is" if len(given) == 1 else f"{len(given)} images are"
+            raise InputError(f"{count} given, and this bundle takes {items}: give as many, one for each placeholder")
+        axis, shape = items_axis(info.shape, items), list(info.shape)
+        shape[axis] //= items
+        return np.concatenate([self._one(image, tuple(shape)) for image in given], axis).astype(info.dtype)
+
+    def _one(self, image: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """One image as an array of this shape."""
         picture = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
         if isinstance(image, np.ndarray) and not picture:
-            if image.shape != info.shape:
+            if image.shape != shape:
                 raise InputError(
-                    f"the image has shape {image.shape}, and this bundle takes {info.shape}; or give a file, or a picture "
-                    "(H, W, 3) in uint8"
+                    f"the image has shape {image.shape}, and this bundle takes {shape}; or give a file, or a picture (H, W, 3) in "
+                    "uint8"
                 )
-            return image.astype(info.dtype)
+            return image
         from edgewise.runtime.images import load_pixels
 
-        return load_pixels(image if picture else Path(image), info.shape, self.bundle.manifest.preprocessing).astype(info.dtype)
+        return load_pixels(image if picture else Path(image), shape, self.bundle.manifest.preprocessing)

@@ -25,6 +25,7 @@ from edgewise.exporter.sources import Source
 from edgewise.ops import METHODS
 from edgewise.passes.plan import parse_spec
 from edgewise.passes.program import Program
+from edgewise.runtime.places import items_axis
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 128
 """The prompt's bucket and the room for new tokens, where none is asked for."""
@@ -71,12 +72,14 @@ class _Build(Build):
         token = media.placeholder(model)
         assert token is not None
         recipe = self.job.recipe
-        bucket, room = recipe.prompt_tokens or PROMPT_TOKENS, recipe.new_tokens or NEW_TOKENS
+        bucket, room, items = recipe.prompt_tokens or PROMPT_TOKENS, recipe.new_tokens or NEW_TOKENS, recipe.images
+        if items > 1 and media is not IMAGE:
+            raise InputError(f"{type(model).__name__} is exported for one {media.noun} in a prompt: leave --images out")
         encoder_specs, decoder_specs = self._divided()
         example, settled = self._example(model)
         self.job.source.preprocessing = {**media.constants(example), **self.job.source.preprocessing}
         self.job.step("run the whole model")
-        seam, rung = learn(media, model, example, settled, bucket, recipe.seed)
+        seam, rung = learn(media, model, example, settled, bucket, recipe.seed, items)
         anew = next((s for s in decoder_specs if parse_spec(s).method.positions == "dense"), None)
         if anew is not None and not seam.dense:
             raise Refused(
@@ -85,29 +88,31 @@ class _Build(Build):
                 method=anew,
             )
         places = torch.from_numpy(seam.offsets) if encoder_specs and not seam.dense else None
-        encoder = Source("", "", module=media.encoder(model, settled, places), args=(example,), samples=self._samples(example))
-        encoder.tokens = media.tokens
+        module = media.encoder(model, settled, places, items)
+        encoder = Source("", "", module=module, args=(example,), samples=self._samples(example), tokens=media.tokens)
         program = self._encoder(encoder, encoder_specs)
         encoded = [run(program, {media.argument: one}) for one in self._some(encoder, example)]
         count, whole = encoded[0][media.tokens].shape[1], seam
-        check_windows(model.get_decoder().config, seam.offsets.shape[1] + bucket + room)  # type: ignore[operator]
+        check_windows(model.get_decoder().config, items * seam.count + bucket + room)  # type: ignore[operator]
         if seam.dense:
             seam = replace(seam, offsets=torch.arange(count)[None].numpy(), advance=count)
-        seams = [replace(seam, offsets=one[media.position][0].numpy()) if media.position in one else seam for one in encoded]
-        prompts = [random_prompt(model, token, bucket, n, recipe.seed + n) for n in (bucket, max(1, bucket // 2), 1)]
+        prompts = [random_prompt(model, token, items, bucket, n, recipe.seed + n) for n in (bucket, max(1, bucket // 2), 1)]
         turns = [i % len(encoded) for i in range(len(prompts))]
         prefill_samples = [
-            {media.tokens: encoded[i][media.tokens], **prompt.feeds(seams[i], bucket, media.position)}
+            {
+                media.tokens: encoded[i][media.tokens].flatten(0, 1)[None],
+                **prompt.feeds(seam, bucket, media.position, encoded[i].get(media.position)),
+            }
             for i, prompt in zip(turns, prompts, strict=True)
         ]
-        prefill = source_of(media.prefill(model, seam.rule), prefill_samples)
+        prefill = source_of(media.prefill(model, seam.rule, items), prefill_samples)
         prefill.order = (media.position, "position")
-        spans = [f"{s}{',' if ':' in s else ':'}span=0:{count}" for s in decoder_specs]
+        spans = [f"{s}{',' if ':' in s else ':'}span=0:{items * count}" for s in decoder_specs]
         program = self.component("prefill", prefill, spans)
         steps = [self._decode_inputs(program, *pair, seam, room) for pair in zip(prefill_samples, prompts, strict=True)]
         self.component("decode", source_of(Decode(model, bucket, room), steps[1:]))
         layers = cache_layers(self.parts[2], bucket, room)
-        text = describe_text(self.job.source, token, self.folder, media.chat)
+        text = describe_text(self.job.source, token, self.folder, media.chat, items)
         text["settings"] = {**text.get("settings", {}), **media.settings(model, example, settled)}
         pipeline = Pipeline(
             kind=media.kind,
@@ -115,6 +120,7 @@ class _Build(Build):
             prompt_tokens=bucket,
             new_tokens=room,
             media_tokens=count,
+            media_items=items,
             media_positions=() if seam.dense or places is not None else tuple(tuple(map(int, row)) for row in seam.offsets),
             media_advance=seam.advance,
             placeholder_id=token,
@@ -136,14 +142,14 @@ class _Build(Build):
         room: int,
     ) -> tuple[Stage, ...]:
         """What compression makes of each component; `whole` is the seam with all tokens, `step` the inputs of decode."""
-        media = self.media
+        media, items = self.media, self.job.recipe.images
         (encoder,), (prefill,), (decode,) = (part.components for part in self.parts)
-        every = whole.offsets.shape[1]
+        every = items * whole.count
         before = [encoder.flops_before, prefill.flops_before, decode.flops_before]
         if every != layers[0].media:
             width = next(info.shape[-1] for info in prefill.inputs if info.name == media.tokens)
             feeds = {media.tokens: torch.zeros(1, every, width), **prompt.feeds(whole, bucket, media.position)}
-            before[1] = flops_of(media.prefill(model, whole.rule), feeds)
+            before[1] = flops_of(media.prefill(model, whole.rule, items), feeds)
         slots, size = every + bucket + room, sum(layer.bytes // layer.slots for layer in layers)
         if any(layer.media != every for layer in layers):
             past = {k: [t.new_zeros(*t.shape[:2], slots, t.shape[3]) for t in step[k]] for k in ("past_key", "past_value")}
@@ -208,6 +214,11 @@ class _Build(Build):
                 f"--input-shapes {name}=AxBxC"
             )
         others = {k: v for k, v in given.items() if k not in (name, "input_ids", "attention_mask")}
+        shape, items = given[name].shape, self.job.recipe.images
+        if shape[items_axis(shape, items)] % items:
+            raise InputError(
+                f"{name} of the example has shape {list(shape)}, which are not {items} images (--images): give so many"
+            )
         return given[name], self.media.settled(model, given[name], others)
 
     def _samples(self, example: Tensor) -> dict[str, Any]:
@@ -221,7 +232,8 @@ class _Build(Build):
         if real is None:
             generator = torch.Generator().manual_seed(self.job.recipe.seed)
             return [example, torch.randn(example.shape, generator=generator)]
-        return [torch.from_numpy(real[i : i + 1].copy()) for i in range(min(2, len(real)))]
+        size = len(example)
+        return [torch.from_numpy(real[i : i + size].copy()) for i in range(0, min(2 * size, len(real) - size + 1), size)]
 
     def _decode_inputs(self, program: Program, feeds: dict[str, Tensor], prompt: Prompt, seam: Seam, room: int) -> dict[str, Any]:
         """Inputs of decode behind a prompt: the caches that prefill makes, and a few new tokens in them."""
@@ -231,9 +243,9 @@ class _Build(Build):
             end = cache.shape[2] - room
             cache[:, :, end : end + step] = cache[:, :, end - 1 : end]
         return {
-            "input_ids": torch.tensor([[(*prompt.after, *prompt.before)[0]]]),
+            "input_ids": torch.tensor([[prompt.texts[-1][0]]]),
             "position": decode_position(seam, prompt.next_position(seam) + step),
-            "length": torch.tensor([len(prompt.before) + len(prompt.after)]),
+            "length": torch.tensor([prompt.length]),
             "step": torch.tensor([step]),
             "past_key": key,
             "past_value": value,

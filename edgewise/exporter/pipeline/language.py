@@ -25,16 +25,16 @@ def eos_ids(model: nn.Module) -> tuple[int, ...]:
     return ()
 
 
-def describe_text(source: Source, placeholder: int, folder: Path, kind: str = "image") -> dict[str, Any]:
-    """Write the tokenizer of a model that has one into the bundle's `folder`; gives the fields of `Pipeline` that it settles.
-    `kind` is how a chat calls the media."""
+def describe_text(source: Source, placeholder: int, folder: Path, kind: str = "image", items: int = 1) -> dict[str, Any]:
+    """Write the tokenizer of a model that has one into the bundle's `folder`; gives the fields of `Pipeline` that it settles, for
+    prompts with so many `items` of media. `kind` is how a chat calls them."""
     place = _place(source)
     if place is None:
         return {}
     tokenizer = _tokenizer(place, folder)
     mark = tokenizer.convert_ids_to_tokens(placeholder)
     fields: dict[str, Any] = {"tokenizer": FILE, "placeholder": mark}
-    template = _template(place, tokenizer, mark, kind)
+    template = _template(place, tokenizer, mark, kind, items)
     if template is not None:
         bos = tokenizer.bos_token
         fields |= {"template": template, "settings": {"template_special": not (bos and template.startswith(bos))}}
@@ -71,8 +71,8 @@ def _place(source: Source) -> str | None:
     return name
 
 
-def _template(place: str, tokenizer: Any, mark: str, kind: str) -> str | None:
-    """The text around a prompt with one image or recording, by the chat template of the processor or the tokenizer, or None."""
+def _template(place: str, tokenizer: Any, mark: str, kind: str, items: int) -> str | None:
+    """The text around a prompt with images or a recording, by the chat template of the processor or the tokenizer, or None."""
     text = tokenizer.chat_template
     if text is None:
         for name in ("chat_template.jinja", "chat_template.json"):
@@ -84,7 +84,7 @@ def _template(place: str, tokenizer: Any, mark: str, kind: str) -> str | None:
                 break
     if text is None:
         return None
-    content = [{"type": kind}, {"type": "text", "text": _QUESTION}]
+    content = [*[{"type": kind}] * items, {"type": "text", "text": _QUESTION}]
     chat = [{"role": "user", "content": content}]
     whole = str(tokenizer.apply_chat_template(chat, chat_template=text, tokenize=False, add_generation_prompt=True))
     return whole.replace(_QUESTION, "{prompt}") if mark in whole else None

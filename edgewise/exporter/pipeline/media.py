@@ -21,17 +21,19 @@ from edgewise.runtime.mel import DEFAULTS
 
 
 class AudioEncoder(nn.Module):
-    """`input_features` of one recording to its tokens `audio (1, K, C)`, in the space of the decoder: what the model puts into the
-    embeddings of a text in place of placeholders. `settled` are further arguments of the model (the mask of real frames); `places`:
-    as for `VisionEncoder`.
+    """`input_features` of `items`, which are recordings, to their tokens `audio (items, K, C)`, in the space of the decoder: what
+    the model puts into the embeddings of a text in place of placeholders. `settled` are further arguments of the model (the mask
+    of real frames); `places`: as for `VisionEncoder`.
     """
 
     places: Tensor | None
 
-    def __init__(self, model: nn.Module, settled: Mapping[str, Any] | None = None, places: Tensor | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, settled: Mapping[str, Any] | None = None, places: Tensor | None = None, items: int = 1
+    ) -> None:
         super().__init__()
         self.model: Any = model
-        self.settled = dict(settled or {})
+        self.settled, self.items = dict(settled or {}), items
         self.token: Any = AUDIO.placeholder(model)
         self._noted: Noted = {}
         self.register_buffer("places", None if places is None else places.t()[None].contiguous())
@@ -46,7 +48,7 @@ class AudioEncoder(nn.Module):
             name = type(self.model).__name__
             raise InputError(f"{name} does not put features of audio in place of placeholders (masked_scatter)")
         width = self.model.get_input_embeddings().weight.shape[-1]
-        return placed("audio", found.source.reshape(1, -1, width), self.places)
+        return placed("audio", found.source.reshape(self.items, -1, width), self.places)
 
 
 def frame_mask(model: nn.Module) -> str | None:
@@ -128,7 +130,7 @@ class Media:
     noun: str
     chat: str
     ids: tuple[str, ...]
-    encoder: Callable[[nn.Module, Mapping[str, Any] | None, Tensor | None], nn.Module]
+    encoder: Callable[[nn.Module, Mapping[str, Any] | None, Tensor | None, int], nn.Module]
     prefill: type[Prefill]
     settled: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]]
     """Of a model, an example and what was given with it: all that the model must be told of the example."""

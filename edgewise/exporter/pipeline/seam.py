@@ -8,6 +8,7 @@ that are captured must then give the same logits, token by token.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from edgewise.errors import InputError
 from edgewise.exporter.capture import evaluating, quiet
 from edgewise.exporter.pipeline.media import Media
 from edgewise.exporter.pipeline.vision_language import RULES, Decode, Rule
+from edgewise.runtime.places import placed
 from edgewise.verify.ladder import Rung, judge
 
 THRESHOLD = 1e-4
@@ -32,7 +34,7 @@ _STEPS = 3
 
 @dataclass(frozen=True)
 class Seam:
-    """How an image is joined with text.
+    """How every image is joined with text.
 
     offsets `(rows, K)`: positions of the image's tokens, from that of the first; `advance`: how many positions the text behind the
     image is further on. One row is an order as well; of several, none is. `rule` says who sees whom.
@@ -41,6 +43,11 @@ class Seam:
     offsets: np.ndarray
     advance: int
     rule: Rule = "causal"
+
+    @property
+    def count(self) -> int:
+        """Tokens of an image."""
+        return self.offsets.shape[1]
 
     @property
     def dense(self) -> bool:
@@ -52,64 +59,60 @@ class Seam:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's tokens before and behind one image."""
+    """A prompt's tokens before, between and behind its images: one text more than images."""
 
-    before: tuple[int, ...]
-    after: tuple[int, ...]
+    texts: tuple[tuple[int, ...], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of text."""
+        return sum(map(len, self.texts))
 
     def whole(self, image: int, count: int) -> Tensor:
-        """All ids, `count` placeholders included: `(1, N)`."""
-        return torch.tensor([[*self.before, *[image] * count, *self.after]])
+        """All ids, `count` placeholders for each image included: `(1, N)`."""
+        ids = list(self.texts[0])
+        for text in self.texts[1:]:
+            ids += [*[image] * count, *text]
+        return torch.tensor([ids])
 
-    def feeds(self, seam: Seam, bucket: int, name: str = "visual_position") -> dict[str, Tensor]:
-        """Inputs of prefill besides the image's tokens, whose positions are called `name`."""
-        length = len(self.before) + len(self.after)
-        count = seam.offsets.shape[1]
-        ids = torch.zeros(1, bucket, dtype=torch.int64)
-        ids[0, bucket - length :] = torch.tensor(self.before + self.after, dtype=torch.int64)
-        start = len(self.before)
-        text = torch.tensor([*range(start), *range(start + seam.advance, length + seam.advance)], dtype=torch.int64)
-        media = torch.from_numpy(seam.offsets) + start
-        position = torch.full((1, bucket), -1, dtype=torch.int64)
-        position[0, bucket - length :] = text
-        if len(media) == 1:
-            return {name: media, "input_ids": ids, "position": position}
-        # The first row is the order of the sequence.
-        order = torch.full((1, bucket), -1, dtype=torch.int64)
-        order[0, bucket - length :] = torch.tensor([*range(start), *range(start + count, length + count)])
-        return {
-            name: torch.cat([torch.arange(start, start + count)[None], media])[None],
-            "input_ids": ids,
-            "position": torch.cat([order, position.expand(len(media), -1)])[None],
-        }
+    def feeds(self, seam: Seam, bucket: int, name: str = "visual_position", places: Tensor | None = None) -> dict[str, Tensor]:
+        """Inputs of prefill besides the images' tokens, whose positions are called `name`. `places (images, rows, K)`: where those
+        are, if not where the seam says."""
+        where = np.stack([seam.offsets] * (len(self.texts) - 1)) if places is None else places.numpy()
+        made = placed(self.texts, where, seam.advance, bucket, name)
+        return {key: torch.from_numpy(value) for key, value in made.items()}
 
     def next_position(self, seam: Seam) -> int:
         """The position of the first new token."""
-        return len(self.before) + len(self.after) + seam.advance
+        return self.length + (len(self.texts) - 1) * seam.advance
 
 
-def random_prompt(model: nn.Module, image: int, bucket: int, length: int, seed: int) -> Prompt:
-    """Seeded ids of text around an image: less than half of them before it, and at least one behind it."""
+def random_prompt(model: nn.Module, image: int, images: int, bucket: int, length: int, seed: int) -> Prompt:
+    """Seeded ids of text around images: at least one is behind the last."""
     config: Any = model.config
     vocabulary = int(config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (min(length, bucket),), generator=generator).tolist()
     ids = [token if token != image else (token + 1) % vocabulary for token in ids]
-    return Prompt(tuple(ids[: len(ids) // 3]), tuple(ids[len(ids) // 3 :]))
+    ends = [0, *(turn * len(ids) // (images + 2) for turn in range(1, images + 1)), len(ids)]
+    return Prompt(tuple(tuple(ids[start:end]) for start, end in itertools.pairwise(ends)))
 
 
 def learn(
-    media: Media, model: nn.Module, example: Tensor, settled: Mapping[str, Any], bucket: int, seed: int
+    media: Media, model: nn.Module, example: Tensor, settled: Mapping[str, Any], bucket: int, seed: int, items: int = 1
 ) -> tuple[Seam, Rung]:
-    """Run the whole model and find the seam under which the components give the same; and the rung that says how closely.
+    """Run the whole model, on a prompt with so many `items` of media, and find the seam under which the components give the same;
+    and the rung that says how closely.
 
     Raises InputError where none does: the model is of a kind that this pipeline does not know.
     """
     token = media.placeholder(model)
     assert token is not None
-    prompt = random_prompt(model, token, bucket, 7, seed)
+    words = 5 + 2 * items  # enough for some around every item
+    bucket = max(bucket, words)
+    prompt = random_prompt(model, token, items, bucket, words, seed)
     with evaluating(model), quiet():
-        tokens = _first_run(media, model, example, settled)
+        tokens = _first_run(media, model, example, settled, items)
         ids = prompt.whole(token, tokens.shape[1])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), media.argument: example, **settled}
         inputs |= token_types(model, ids == token)
@@ -142,9 +145,11 @@ def learn(
     )
 
 
-def _first_run(media: Media, model: nn.Module, example: Tensor, settled: Mapping[str, Any]) -> Tensor:
+def _first_run(media: Media, model: nn.Module, example: Tensor, settled: Mapping[str, Any], items: int) -> Tensor:
     try:
-        return media.encoder(model, settled, None)(example)[media.tokens]  # type: ignore[no-any-return]
+        return media.encoder(model, settled, None, items)(example)[media.tokens]  # type: ignore[no-any-return]
+    except InputError:
+        raise
     except Exception as error:
         name = type(model).__name__
         raise InputError(f"{name} cannot encode {media.argument} of shape {list(example.shape)}: {error}") from error
@@ -177,8 +182,9 @@ def _decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
 
 
 def _positions(given: Tensor | None, prompt: Prompt, count: int) -> Seam:
-    """The offsets of an image's tokens in the positions `(N)`, `(1, N)` or `(rows, 1, N)` that the decoder was given."""
-    start, length = len(prompt.before), len(prompt.before) + len(prompt.after)
+    """The offsets of an image's tokens in the positions `(N)`, `(1, N)` or `(rows, 1, N)` that the decoder was given.
+
+    Raises InputError where the images have different ones."""
     if given is None:
         return Seam(np.arange(count)[None], count)
     rows = given.reshape(-1, given.shape[-1]).numpy()
@@ -186,25 +192,30 @@ def _positions(given: Tensor | None, prompt: Prompt, count: int) -> Seam:
         rows = rows[:1]
     elif len(rows) == 4:  # the order of the sequence, then time, height and width
         rows = rows[1:]
-    base = int(rows[0, 0])
+    images = len(prompt.texts) - 1
     # Some families count from one, which is the same: positions are compared with one another and with nothing else.
-    offsets = rows[:, start : start + count] - start - base
-    advance = int(rows[0, -1]) + 1 - length - base
-    return Seam(np.ascontiguousarray(offsets, np.int64), advance)
+    base = int(rows[0, 0])
+    advance = (int(rows[0, -1]) + 1 - prompt.length - base) // images
+    found = []
+    for turn, start in enumerate(itertools.accumulate(map(len, prompt.texts[:-1]))):
+        place = start + turn * count
+        found.append(rows[:, place : place + count] - (base + start + turn * advance))
+    if any((one != found[0]).any() for one in found):
+        raise InputError("the images of the example have different shapes or places, and a bundle is for images of one: give such")
+    return Seam(np.ascontiguousarray(found[0], np.int64), advance)
 
 
 def _joined(
     media: Media, model: nn.Module, encoded: Tensor, prompt: Prompt, seam: Seam, bucket: int, tokens: list[int]
 ) -> np.ndarray:
     """Logits `(steps, V)` of the components, fed with the `tokens` that the whole model chose."""
-    length = len(prompt.before) + len(prompt.after)
-    out = media.prefill(model, seam.rule)(encoded, **prompt.feeds(seam, bucket, media.position))
+    out = media.prefill(model, seam.rule, len(encoded))(encoded.flatten(0, 1)[None], **prompt.feeds(seam, bucket, media.position))
     decode = Decode(model, bucket, len(tokens))
     logits = [out["logits"]]
     key, value = caches(out, len(tokens))
     for step, token in enumerate(tokens[:-1]):
         where = decode_position(seam, prompt.next_position(seam) + step)
-        made = decode(torch.tensor([[token]]), where, torch.tensor([length]), torch.tensor([step]), key, value)
+        made = decode(torch.tensor([[token]]), where, torch.tensor([prompt.length]), torch.tensor([step]), key, value)
         logits.append(made["logits"])
         for i, (k, v) in enumerate(zip(key, value, strict=True)):
             k[:, :, k.shape[2] - len(tokens) + step] = made[f"key_{i}"][:, :, 0]

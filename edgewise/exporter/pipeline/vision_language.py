@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from edgewise.errors import InputError
 from edgewise.exporter.pipeline.decoder import GivenCache, explicit_attention
 from edgewise.exporter.pipeline.settle import Noted, Settle, is_traced
 
@@ -25,19 +26,22 @@ RULES: tuple[Rule, ...] = ("causal", "media", "prompt")
 
 
 class VisionEncoder(nn.Module):
-    """`pixel_values` of one image to its tokens `visual (1, K, C)`, in the space of the decoder: tower and projector. `settled` are
-    arguments of the model that follow from the shape of the image.
+    """`pixel_values` of so many `items`, which are images, to their tokens `visual (items, K, C)`, in the space of the decoder:
+    tower and projector. `settled` are arguments of the model that follow from the shape of the images.
 
-    `places (rows, K)`: where the tokens are from the first of them, where that is no number of their own order. They come out too,
-    as `visual_position (1, rows, K)`: of the tokens that compression leaves, those of their own, or of what represents them.
+    `places (rows, K)`: where an image's tokens are from the first of them, where that is no number of their own order. They come
+    out too, as `visual_position (items, rows, K)`: of the tokens that compression leaves, those of their own, or of what represents
+    them.
     """
 
     places: Tensor | None
 
-    def __init__(self, model: nn.Module, settled: Mapping[str, Any] | None = None, places: Tensor | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, settled: Mapping[str, Any] | None = None, places: Tensor | None = None, items: int = 1
+    ) -> None:
         super().__init__()
         self.model: Any = model
-        self.settled = dict(settled or {})
+        self.settled, self.items = dict(settled or {}), items
         self._noted: Noted = {}
         self.register_buffer("places", None if places is None else places.t()[None].contiguous())
 
@@ -45,12 +49,16 @@ class VisionEncoder(nn.Module):
         with Settle(self._noted, tracing=is_traced(pixel_values)):
             features = self.model.get_image_features(pixel_values=pixel_values, **self.settled, return_dict=True).pooler_output
         if isinstance(features, (list, tuple)):
-            features = torch.cat([one.reshape(-1, one.shape[-1]) for one in features], dim=0)
-        return placed("visual", features.reshape(1, -1, features.shape[-1]), self.places)
+            alike = all(one.shape == features[0].shape for one in features)
+            features = torch.stack(list(features)) if alike else torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
+        count = features[..., 0].numel()
+        if count % self.items:
+            raise InputError(f"the example becomes {count} visual tokens, which are not those of {self.items} images of one shape")
+        return placed("visual", features.reshape(self.items, -1, features.shape[-1]), self.places)
 
 
 def placed(name: str, tokens: Tensor, places: Tensor | None) -> dict[str, Tensor]:
-    """Tokens `(1, K, C)` as `name`, and their `places (1, K, rows)`, where they have such, as `name_position (1, rows, K)`."""
+    """Tokens `(B, K, C)` as `name`, and their `places (1, K, rows)`, where they have such, as `name_position (B, rows, K)`."""
     if places is None:
         return {name: tokens}
     # Places meet the tokens that they are of: what chooses among the tokens has to choose among these.
@@ -59,17 +67,17 @@ def placed(name: str, tokens: Tensor, places: Tensor | None) -> dict[str, Tensor
 
 
 class Prefill(nn.Module):
-    """`visual (1, K, C)` at `visual_position (1, K)`, and the prompt's `input_ids (1, P)` at `position (1, P)`, which is -1 where
-    there is no token, to `logits (1, V)` of the last and every layer's `key_i`, `value_i`.
+    """`visual (1, K, C)`, one of the `items` behind the other, at `visual_position (1, K)`, and the prompt's `input_ids (1, P)` at
+    `position (1, P)`, which is -1 where there is no token, to `logits (1, V)` of the last and every layer's `key_i`, `value_i`.
 
     Positions may have several rows `(1, 1 + rows, N)`: the first is the order of the sequence then, and the others say where a
     token is in time, height and width.
     """
 
-    def __init__(self, model: nn.Module, rule: Rule = "causal") -> None:
+    def __init__(self, model: nn.Module, rule: Rule = "causal", items: int = 1) -> None:
         super().__init__()
         self.model: Any = model
-        self.rule = rule
+        self.rule, self.items = rule, items
 
     def forward(self, visual: Tensor, visual_position: Tensor, input_ids: Tensor, position: Tensor) -> dict[str, Tensor]:
         embeds = torch.cat([visual, self.model.get_input_embeddings()(input_ids)], dim=1)
@@ -87,8 +95,8 @@ class Prefill(nn.Module):
         if self.rule == "prompt":
             mask = mask | torch.ones_like(mask)
         elif self.rule == "media":
-            image = torch.arange(order.shape[1]) < visual
-            mask = mask | (image[:, None] & image[None, :])
+            item = torch.arange(order.shape[1]) // (visual // self.items)
+            mask = mask | ((item[:, None] == item[None, :]) & (item < self.items))
         return (mask & real[:, None, :])[:, None]
 
 
