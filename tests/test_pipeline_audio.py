@@ -152,6 +152,11 @@ def test_the_command_line_answers_as_the_model_does(cli: Cli, tmp_path: Path) ->
         made = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
     assert (inputs["input_ids"] == MARK).sum() == 20 and said["ids"] == made
     assert said["text"] == fast.decode(made) and list(said["stages"]) == ["features", "audio_encoder", "prefill", "decode"]
+    table = tmp_path / "asked.tsv"
+    table.write_text(f"file\tquestion\tanswer\nclip.wav\twhat is this\t{said['text']}\nclip.wav\tis this\tno\n", "utf-8")
+    (score,) = cli("verify", out, "--data", table, "--json", "--quiet").document["exact_match"]
+    assert (score["samples"], score["correct"]) == (2, 1)
+    cli("verify", out, "--data", "demo:vqa").refused("asks about images, and this model about recordings")
     cli("run", out, "--audio", clip, "--prompt", "<|AUDIO|> is <|AUDIO|> what").refused("write one")
     cli("run", out, "--image", clip, "--prompt", "is").refused("takes no --image")
     cli("run", out, "--prompt", "is").refused("--audio FILE")

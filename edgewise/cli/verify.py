@@ -24,8 +24,8 @@ def verify(
             "--data",
             metavar="SRC",
             help=f"Measure accuracy on labelled data: {options.DATA_HELP}. Of a speech model a table (.tsv, .csv) with the columns "
-            "`file` and `text`: measure the word error rate. Of a vision-language model demo:vqa, or a table with the columns "
-            "`file`, `question` and `answer`: measure the exact match of its answers.",
+            "`file` and `text`: measure the word error rate. Of a model that answers about images or recordings demo:vqa (images), "
+            "or a table with the columns `file`, `question` and `answer`: measure the exact match of its answers.",
         ),
     ] = None,
     data_samples: Annotated[

@@ -1,4 +1,4 @@
-"""Exact match of answers about images, and the questions with known answers that it is measured on."""
+"""Exact match of answers about images and recordings, and the questions with known answers that it is measured on."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ DEMO = "demo:vqa"
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image (a file, or a picture `(H, W, 3)` in uint8), and its answer."""
+    """A question about an image or a recording (a file, or a picture `(H, W, 3)` in uint8), and its answer."""
 
-    image: Path | np.ndarray
+    media: Path | np.ndarray
     text: str
     answer: str
 
 
 def answers_questions(bundle: Bundle) -> bool:
-    """Whether a bundle answers questions about images."""
-    return bundle.manifest.pipeline is not None and bundle.manifest.pipeline.kind == "vision-language"
+    """Whether a bundle answers questions about images or recordings."""
+    return bundle.manifest.pipeline is not None and bundle.manifest.pipeline.kind in ("vision-language", "audio-language")
 
 
 def read_questions(src: str, most: int | None = None) -> list[Question]:
@@ -63,6 +63,12 @@ def exact_match(
     most: int | None = None,
 ) -> list[dict[str, Any]]:
     """The share of questions that every target that can run here answers rightly: with the known answer, compared as `plain`."""
+    about = bundle.manifest.pipeline
+    if src == DEMO and about is not None and about.kind == "audio-language":
+        raise InputError(
+            f"{DEMO} asks about images, and this model about recordings: give a table (.tsv or .csv) with the columns file, "
+            "question and answer"
+        )
     asked = read_questions(src, most)
     scores = []
     for target, label in joined_labels(runnable(choose(bundle, targets))[0]).items():
@@ -88,4 +94,4 @@ def exact_match(
 
 
 def _answer(pipeline: GenerativePipeline, asked: Question) -> str:
-    return pipeline.generate(asked.text, asked.image).text
+    return pipeline.generate(asked.text, asked.media).text
