@@ -80,6 +80,13 @@ def test_a_waveform_is_the_features_that_the_processor_makes(pipeline: Any) -> N
     assert list(made.seconds) == ["features", "audio_encoder", "prefill", "decode"]
 
 
+def test_a_prompt_as_a_processor_writes_it(pipeline: Any) -> None:
+    """With as many placeholders as the recording becomes tokens."""
+    one, many = ([1, *[MARK] * count, 2] for count in (1, 20))
+    made = [pipeline.generate(input_ids=ids, audio=wave(0.3), max_new_tokens=4).ids for ids in (one, many)]
+    assert made[0] == made[1]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -88,7 +88,8 @@ class Pipeline(Strict):
     stages: tuple[Stage, ...] = ()
     tokenizer: str | None = None
     settings: dict[str, Any] = {}
-    """What only this kind of pipeline needs (languages, tasks)."""
+    """What only this kind of pipeline needs (languages, tasks; `processor_tokens`: placeholders that a processor writes for one
+    image or recording)."""
 
     @property
     def cache_bytes(self) -> int:

@@ -113,7 +113,11 @@ class _Build(Build):
         self.component("decode", source_of(Decode(model, bucket, room), steps[1:]))
         layers = cache_layers(self.parts[2], bucket, room)
         text = describe_text(self.job.source, token, self.folder, media.chat, items)
-        text["settings"] = {**text.get("settings", {}), **media.settings(model, example, settled)}
+        text["settings"] = {
+            "processor_tokens": whole.count,
+            **text.get("settings", {}),
+            **media.settings(model, example, settled),
+        }
         pipeline = Pipeline(
             kind=media.kind,
             order=media.order,
