@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import transformers as hf
-from vlm_reference import IMAGE, llava, text_config, vision_config
+from vlm_reference import IMAGE, VIDEO, llava, text_config, vision_config
 
 Family = tuple[Any, dict[str, Any]]
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
-MARKS = {"image_token_id": IMAGE, "video_token_id": 98, "vision_start_token_id": 97, "vision_end_token_id": 96}
+MARKS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 97, "vision_end_token_id": 96}
 TILES = [[32, 64], [64, 32], [64, 64]]
 
 
@@ -100,7 +100,7 @@ def _llava_onevision() -> Family:
         text_config=text_config(hf.Qwen2Config),
         image_token_id=IMAGE,
         image_token_index=IMAGE,
-        video_token_id=98,
+        video_token_id=VIDEO,
         image_grid_pinpoints=TILES,
     )
     return hf.LlavaOnevisionForConditionalGeneration(config), _tiled()
@@ -158,3 +158,14 @@ def make(name: str, images: int = 1) -> Family:
     model, example = FAMILIES[name]()
     tiles = name in ("idefics3", "smolvlm")  # of all images one behind the other
     return model.eval(), {k: torch.cat([v] * images, int(tiles and k == "pixel_values")) for k, v in example.items()}
+
+
+def make_video(name: str) -> Family:
+    """The same with an example of a video of four frames."""
+    model, _ = make(name)
+    if name == "llava-onevision":
+        return model, {"pixel_values_videos": noise(1, 4, 3, 32, 32)}
+    return model, {"pixel_values_videos": noise(2 * 64, 3 * 2 * 16), "video_grid_thw": torch.tensor([[2, 8, 8]])}
+
+
+VIDEOS = ("llava-onevision", "qwen2-vl", "qwen2.5-vl")

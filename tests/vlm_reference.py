@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-IMAGE = 99
+IMAGE, VIDEO = 99, 98
 WORDS = 100
 
 
@@ -50,18 +50,22 @@ def greedy(model: Any, pixels: Tensor, before: list[int], after: list[int], coun
     return greedy_of_several(model, pixels, [before, after], count, new, **more)
 
 
-def greedy_of_several(model: Any, pixels: Tensor, texts: list[list[int]], count: int, new: int, **more: Any) -> list[int]:
-    """The same for a prompt with images of `count` tokens each between its texts."""
-    ids = torch.tensor([[*texts[0], *(token for text in texts[1:] for token in (*[IMAGE] * count, *text))]])
+def greedy_of_several(
+    model: Any, pixels: Tensor, texts: list[list[int]], count: int, new: int, *, video: bool = False, **more: Any
+) -> list[int]:
+    """The same for a prompt with images, or a video, of `count` tokens each between its texts."""
+    media = VIDEO if video else IMAGE
+    ids = torch.tensor([[*texts[0], *(token for text in texts[1:] for token in (*[media] * count, *text))]])
     model.generation_config.eos_token_id = None
-    takes, marks = inspect.signature(model.forward).parameters, (ids == IMAGE).long()
+    takes, marks = inspect.signature(model.forward).parameters, (ids == media).long() * (1 + video)
+    more["pixel_values_videos" if video else "pixel_values"] = pixels
     if "mm_token_type_ids" in takes:
         more["mm_token_type_ids"] = marks
     elif "token_type_ids" in takes:
         more["token_type_ids"] = marks if "Gemma3" in type(model).__name__ else torch.zeros_like(ids)
     with torch.no_grad():
         made = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=new, do_sample=False, **more
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **more
         )
     return made[0, ids.shape[1] :].tolist()
 
@@ -199,12 +203,14 @@ class Compressed:
 
 CHAT = (
     "{% for m in messages %}user {% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} answer"
+    "{% if part['type'] == 'image' %}<image> {% elif part['type'] == 'video' %}w98 "
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} answer"
 )
 
 
-def save_llava(folder: Any) -> Any:
-    """A LLaVA with a tokenizer of words, a chat template and the constants of a processor, as a Hugging Face folder."""
+def save_llava(folder: Any, model: Any = None) -> Any:
+    """A LLaVA, or another model, with a tokenizer of words, a chat template and the constants of a processor, as a Hugging Face
+    folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<unk>", "<s>", "user", "answer", "what", "is", "this", *(f"w{i}" for i in range(7, IMAGE)), "<image>"]
@@ -216,7 +222,8 @@ def save_llava(folder: Any) -> Any:
     fast.save_pretrained(folder)
     size = {"height": 32, "width": 32}
     about = {"size": size, "crop_size": size, "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "CLIPImageProcessor", **about}))
-    model = llava()
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (folder / name).write_text(json.dumps({"image_processor_type": "CLIPImageProcessor", **about}))
+    model = llava() if model is None else model
     model.save_pretrained(folder)
     return model

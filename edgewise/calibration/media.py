@@ -12,16 +12,17 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from edgewise.errors import InputError, MissingExtra
+from edgewise.errors import InputError
 from edgewise.runtime.audio import read_audio, resample
 from edgewise.runtime.images import constants as _constants
 from edgewise.runtime.images import fitted as _fitted
 from edgewise.runtime.images import normalised as _normalised
 from edgewise.runtime.images import open_image as _open
+from edgewise.runtime.video import IMAGES as IMAGES
+from edgewise.runtime.video import read_frames
 
 Kind = Literal["image", "video", "audio"]
 Shape = tuple[int, ...]
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au")
 VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 
@@ -62,8 +63,7 @@ def load_video(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Me
     """A folder of frames, or a video file, as `shape (T, C, H, W)` or `(C, T, H, W)`: frames at equal distances."""
     first = shape[1] in (1, 3)
     count, channels = (shape[0], shape[1]) if first else (shape[1], shape[0])
-    frames = _folder(path, count) if path.is_dir() else _decoded(path, count)
-    array, notes = _pixels(frames, channels, shape[-2:], preprocessing)
+    array, notes = _pixels(read_frames(path, count), channels, shape[-2:], preprocessing)
     views = tuple(_shown(frame, preprocessing) for frame in array)
     return Media("video", array if first else array.swapaxes(0, 1), views, notes=notes)
 
@@ -120,46 +120,6 @@ def from_array(kind: Kind, array: np.ndarray, preprocessing: Mapping[str, Any], 
     frames = array.shape[0] if time_first else array.shape[1]
     seconds = None if rate is None or hop is None else frames * int(hop) / int(rate)
     return Media(kind, array, (_stretched(array.T if time_first else array),), seconds, notes)
-
-
-def _folder(path: Path, count: int) -> list[Image.Image]:
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
-    if not files:
-        raise InputError(
-            f"{path} holds no frames: give a folder of images ({', '.join(IMAGES[:3])}, ...), in order by name"
-        )
-    return [_open(files[i]) for i in _spread(len(files), count)]
-
-
-def _decoded(path: Path, count: int) -> list[Image.Image]:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: give a video file, or a folder of frames")
-    try:
-        av: Any = importlib.import_module("av")
-    except ModuleNotFoundError as error:
-        raise MissingExtra(
-            'PyAV is not installed, and reads video files; install it with: pip install "edgewise[calibration]", '
-            "or give a folder of frames"
-        ) from error
-    try:
-        with av.open(str(path)) as file:
-            total = sum(1 for _ in file.decode(video=0))
-        wanted = _spread(total, count)
-        found: dict[int, Image.Image] = {}
-        with av.open(str(path)) as file:
-            for i, frame in enumerate(file.decode(video=0)):
-                if i in wanted:
-                    found[i] = frame.to_image()
-    except Exception as error:
-        raise InputError(f"{path} is no video that can be read: {str(error) or type(error).__name__}") from error
-    if not found:
-        raise InputError(f"{path} holds no frames")
-    return [found[i] for i in wanted]
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """`count` of `total` frames, the middles of equal stretches; some are repeated where there are fewer."""
-    return [min(total - 1, int((i + 0.5) * total / count)) for i in range(count)] if total else []
 
 
 def _pixels(

@@ -40,6 +40,9 @@ def run(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The question. The model's template goes around it.")
     ] = None,
+    video: Annotated[
+        Path | None, typer.Option("--video", metavar="FILE", help="A video, or a folder of its frames: with --prompt.")
+    ] = None,
     audio: Annotated[
         Path | None, typer.Option("--audio", metavar="FILE", help="A recording: to write down what is said, or with --prompt.")
     ] = None,
@@ -74,7 +77,7 @@ def run(
     from edgewise.runtime import load_session
 
     screen = Screen(json, quiet)
-    words = {"prompt": prompt, "audio": audio, "language": language, "task": task}
+    words = {"prompt": prompt, "video": video, "audio": audio, "language": language, "task": task}
     given: dict[str, Any] = {name: value for name, value in words.items() if value is not None}
     if image:
         given["image"] = image[0] if len(image) == 1 else image
@@ -84,8 +87,8 @@ def run(
     if given and picture is None:
         if inputs is not None or out is not None or role is not None or function is not None:
             raise InputError(
-                "--inputs, --role, --function and -o are for one artifact, --image, --prompt and --audio for the whole model: give "
-                "either"
+                "--inputs, --role, --function and -o are for one artifact, --image, --video, --prompt and --audio for the whole "
+                "model: give either"
             )
         from edgewise.cli.generate import generate
         from edgewise.runtime import Sampling
@@ -94,8 +97,8 @@ def run(
         return generate(screen, Bundle.open(bundle), given, max_new_tokens, sampling, target, threads)
     if inputs is None and picture is None:
         raise InputError(
-            "give --inputs SRC or --image FILE to run one artifact, or --image FILE --prompt TEXT, or --audio FILE, for a "
-            "generative model"
+            "give --inputs SRC or --image FILE to run one artifact, or --image FILE --prompt TEXT, --video FILE "
+            "--prompt TEXT, or --audio FILE, for a generative model"
         )
     if out is not None and out.suffix != ".npz":
         raise InputError(f"-o {out}: outputs are written as .npz")

@@ -199,7 +199,7 @@ def _hugging_face(
         whole = module.eval()
         module = module.get_encoder()
     module.eval()
-    preprocessing = _preprocessing(local) if local.exists() else {}
+    preprocessing = _preprocessing(local, "pixel_values_videos" in shapes) if local.exists() else {}
     kwargs = example_inputs(module, config, preprocessing, shapes, batch, seed)
     source = Source(model, type(module).__name__, module=module, kwargs=kwargs, preprocessing=preprocessing, notes=notes)
     source.whole = whole
@@ -233,9 +233,10 @@ def _hub_error(model: str, error: Exception) -> str:
     )
 
 
-def _preprocessing(folder: Path) -> dict[str, Any]:
-    """The constants of the model's own processor."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
+def _preprocessing(folder: Path, video: bool = False) -> dict[str, Any]:
+    """The constants of the model's own processor; of that for videos, if it is asked for and there."""
+    own = ("video_preprocessor_config.json",) if video else ()
+    for name in (*own, "preprocessor_config.json", "processor_config.json"):
         path = folder / name
         if path.is_file():
             try:
@@ -243,7 +244,8 @@ def _preprocessing(folder: Path) -> dict[str, Any]:
             except ValueError as error:
                 raise InputError(f"{path} is not JSON: {error}") from error
             # A processor of several kinds of input has those of each in a part of its own.
-            parts = (document.get(part) for part in ("image_processor", "feature_extractor", "audio_processor"))
+            kinds = ("video_processor",) if video else ()
+            parts = (document.get(part) for part in (*kinds, "image_processor", "feature_extractor", "audio_processor"))
             document = next((part for part in parts if isinstance(part, dict)), document)
             # Filter banks are large tables that follow from the other constants.
             return {k: v for k, v in document.items() if k != "mel_filters"}

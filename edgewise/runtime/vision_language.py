@@ -20,7 +20,7 @@ from edgewise.runtime.sampling import Sampling
 class MediaLanguage(GenerativePipeline):
     """An encoder of media, `prefill` and `decode` as one model: what all kinds have in common."""
 
-    noun: ClassVar[str]
+    noun: str
     """How messages call the media."""
     tokens: ClassVar[str]
     """How the graphs call what the encoder makes of it."""
@@ -112,43 +112,60 @@ class VisionLanguage(MediaLanguage):
     kind = "vision-language"
     noun, tokens = "image", "visual"
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self._media_input.name == "pixel_values_videos":
+            self.noun = "video"
+
     def generate(
         self,
         prompt: str | None = None,
         image: str | os.PathLike[str] | np.ndarray | Sequence[Any] | None = None,
         *,
         images: Sequence[Any] | np.ndarray | None = None,
+        video: str | os.PathLike[str] | np.ndarray | None = None,
         input_ids: Sequence[int] | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
         on_text: OnText | None = None,
     ) -> Generation:
-        """Generate text for an image, or for several, and a prompt.
+        """Generate text for an image, for several, or for a video, and a prompt.
 
         Args:
             prompt: the question; the model's template goes around it, unless it holds the images' placeholders itself.
             image: a file, a picture `(H, W, 3)` in uint8, or the array that the encoder takes.
             images: so many of these as the bundle was exported for (`--images`), in the order of the placeholders.
-            input_ids: the prompt as token ids instead, with one placeholder for each image.
+            video: for a bundle that takes a video: a file, a folder of frames, frames `(T, H, W, 3)` in uint8, or the array that
+                the encoder takes. So many frames as the bundle takes are chosen, at equal distances.
+            input_ids: the prompt as token ids instead, with one placeholder for each image or the video.
             max_new_tokens: by default as many as the bundle has room for.
             on_text: called with each piece of the text as soon as it is known.
 
         Raises InputError for a prompt with more or fewer placeholders than images, or longer than the bucket, and for wrong images.
         """
-        if image is not None and images is not None:
-            raise InputError("give image or images, and not both")
-        given = image if images is None else images
+        given = [one for one in (image, images, video) if one is not None]
+        if len(given) > 1:
+            raise InputError("give image or images, and not both" if video is None else "give images or a video, and not both")
+        wanted = self.noun == "video"
+        if given and wanted != (video is not None):
+            raise InputError(f"this bundle takes {'a' if wanted else 'an'} {self.noun}: give --{self.noun} FILE ({self.noun}=...)")
+        media = given[0] if given else None
         return self._answer(
-            lambda into: {self._image_input.name: self._pixels(given)}, prompt, input_ids, max_new_tokens, sampling, on_text
+            lambda into: {self._media_input.name: self._clip(media) if wanted else self._pixels(media)},
+            prompt,
+            input_ids,
+            max_new_tokens,
+            sampling,
+            on_text,
         )
 
     @property
-    def _image_input(self) -> Any:
+    def _media_input(self) -> Any:
         return self.sessions["vision_encoder"].inputs[0]
 
     def _pixels(self, given: Any) -> np.ndarray:
         """All images as the encoder takes them."""
-        info, items = self._image_input, self.description.media_items
+        info, items = self._media_input, self.description.media_items
         if given is None:
             raise InputError("no image: this model answers questions about one; give --image FILE (image=...)")
         if not isinstance(given, (list, tuple)):
@@ -175,3 +192,20 @@ class VisionLanguage(MediaLanguage):
         from edgewise.runtime.images import load_pixels
 
         return load_pixels(image if picture else Path(image), shape, self.bundle.manifest.preprocessing)
+
+    def _clip(self, given: Any) -> np.ndarray:
+        """A video as the encoder takes it."""
+        info = self._media_input
+        if given is None:
+            raise InputError("no video: this model answers questions about one; give --video FILE (video=...)")
+        frames = isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == 4 and given.shape[3] == 3
+        if isinstance(given, np.ndarray) and not frames:
+            if given.shape != info.shape:
+                raise InputError(
+                    f"the video has shape {given.shape}, and this bundle takes {info.shape}; or give a file, or frames "
+                    "(T, H, W, 3) in uint8"
+                )
+            return given.astype(info.dtype)
+        from edgewise.runtime.video import load_clip
+
+        return load_clip(given if frames else Path(given), info.shape, self.bundle.manifest.preprocessing).astype(info.dtype)

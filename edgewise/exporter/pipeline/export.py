@@ -17,7 +17,7 @@ from edgewise.errors import InputError, Refused
 from edgewise.exporter.job import Job
 from edgewise.exporter.pipeline.decoder import check_windows
 from edgewise.exporter.pipeline.language import describe_text, eos_ids
-from edgewise.exporter.pipeline.media import AUDIO, IMAGE, Media
+from edgewise.exporter.pipeline.media import AUDIO, IMAGE, VIDEO, Media
 from edgewise.exporter.pipeline.parts import Build, cache_layers, flops_of, run, source_of
 from edgewise.exporter.pipeline.seam import Prompt, Seam, caches, decode_position, learn, random_prompt
 from edgewise.exporter.pipeline.vision_language import Decode
@@ -32,7 +32,7 @@ PROMPT_TOKENS, NEW_TOKENS = 128, 128
 
 
 def is_pipeline(source: Source) -> bool:
-    """Whether a model is generated from, and takes images or recordings."""
+    """Whether a model is generated from, and takes images, videos or recordings."""
     return media_of(source) is not None
 
 
@@ -45,6 +45,7 @@ def media_of(source: Source) -> Media | None:
     if not module.can_generate() or getattr(module.config, "is_encoder_decoder", False):
         return None
     known = [IMAGE] if callable(getattr(module, "get_image_features", None)) else []
+    known += [VIDEO] if callable(getattr(module, "get_video_features", None)) else []
     known += [AUDIO] if AUDIO.argument in inspect.signature(module.forward).parameters else []
     known = [media for media in known if media.placeholder(module) is not None]
     return next((media for media in known if media.argument in source.kwargs), known[0] if known else None)

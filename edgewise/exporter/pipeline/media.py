@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from edgewise.errors import InputError
 from edgewise.exporter.pipeline.settle import Noted, Settle, is_traced
-from edgewise.exporter.pipeline.vision_language import AudioPrefill, Prefill, VisionEncoder, placed
+from edgewise.exporter.pipeline.vision_language import AudioPrefill, Prefill, VideoEncoder, VisionEncoder, placed
 from edgewise.runtime.mel import DEFAULTS
 
 
@@ -138,6 +138,8 @@ class Media:
     """What the runtime must know of the example: `settings` of the pipeline."""
     constants: Callable[[Tensor], dict[str, Any]]
     """Of an example, the constants of a processor, where a model comes without."""
+    mark: int = 1
+    """What a processor says of its tokens, where a model asks which are of media, and of which."""
 
     @property
     def order(self) -> tuple[str, str, str]:
@@ -169,6 +171,15 @@ IMAGE = Media(
     settled=lambda model, example, given: given,
     settings=lambda model, example, settled: {},
     constants=lambda example: {},
+)
+VIDEO = replace(
+    IMAGE,
+    argument="pixel_values_videos",
+    noun="video",
+    chat="video",
+    ids=("video_token_id", "video_token_index"),
+    encoder=VideoEncoder,
+    mark=2,
 )
 AUDIO = Media(
     kind="audio-language",

@@ -115,7 +115,7 @@ def learn(
         tokens = _first_run(media, model, example, settled, items)
         ids = prompt.whole(token, tokens.shape[1])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), media.argument: example, **settled}
-        inputs |= token_types(model, ids == token)
+        inputs |= token_types(model, ids == token, media.mark)
         seen = _decoder_inputs(model, inputs)
         seam = _positions(seen.get("position_ids"), prompt, tokens.shape[1])
         made = model.generate(  # type: ignore[operator]
@@ -155,11 +155,11 @@ def _first_run(media: Media, model: nn.Module, example: Tensor, settled: Mapping
         raise InputError(f"{name} cannot encode {media.argument} of shape {list(example.shape)}: {error}") from error
 
 
-def token_types(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """What a processor says of each token besides its id, where the model asks for it: 1 for an image's tokens."""
+def token_types(model: nn.Module, image: Tensor, mark: int = 1) -> dict[str, Tensor]:
+    """What a processor says of each token besides its id, where the model asks for it: 1 for an image's tokens, or `mark`."""
     takes = inspect.signature(model.forward).parameters
     if "mm_token_type_ids" in takes:
-        return {"mm_token_type_ids": image.long()}
+        return {"mm_token_type_ids": image.long() * mark}
     if "token_type_ids" not in takes:
         return {}
     # Of two meanings: which tokens are an image's, or which belong to the answer (none, in a prompt).

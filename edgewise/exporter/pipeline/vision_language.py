@@ -46,8 +46,11 @@ class VisionEncoder(nn.Module):
         self.register_buffer("places", None if places is None else places.t()[None].contiguous())
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        with Settle(self._noted, tracing=is_traced(pixel_values)):
-            features = self.model.get_image_features(pixel_values=pixel_values, **self.settled, return_dict=True).pooler_output
+        return self._encoded(self.model.get_image_features, pixel_values=pixel_values)
+
+    def _encoded(self, features_of: Any, **given: Tensor) -> dict[str, Tensor]:
+        with Settle(self._noted, tracing=any(map(is_traced, given.values()))):
+            features = features_of(**given, **self.settled, return_dict=True).pooler_output
         if isinstance(features, (list, tuple)):
             alike = all(one.shape == features[0].shape for one in features)
             features = torch.stack(list(features)) if alike else torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
@@ -55,6 +58,13 @@ class VisionEncoder(nn.Module):
         if count % self.items:
             raise InputError(f"the example becomes {count} visual tokens, which are not those of {self.items} images of one shape")
         return placed("visual", features.reshape(self.items, -1, features.shape[-1]), self.places)
+
+
+class VideoEncoder(VisionEncoder):
+    """The same for the frames of a video, `pixel_values_videos`, all of whose tokens are one span."""
+
+    def forward(self, pixel_values_videos: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return self._encoded(self.model.get_video_features, pixel_values_videos=pixel_values_videos)
 
 
 def placed(name: str, tokens: Tensor, places: Tensor | None) -> dict[str, Tensor]:

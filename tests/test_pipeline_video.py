@@ -1,0 +1,83 @@
+"""Vision-language models that answer about a video. `benchmarks/vlm_families.py --video` exports all families of these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import Cli
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from vlm_families import VIDEOS, make_video, noise
+from vlm_reference import VIDEO, greedy_of_several, save_llava
+
+import edgewise
+from edgewise.errors import InputError
+from edgewise.exporter.capture import capture
+from edgewise.exporter.pipeline import media
+from edgewise.exporter.pipeline.seam import learn
+from edgewise.exporter.pipeline.vision_language import VideoEncoder
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_frames_have_their_places(name: str) -> None:
+    """Where positions have rows, the first counts frames, and tokens that are left keep theirs."""
+    model, example = make_video(name)
+    pixels = example.pop("pixel_values_videos")
+    assert media.VIDEO.placeholder(model) == VIDEO
+    seam, rung = learn(media.VIDEO, model, pixels, example, 12, 0)
+    assert rung.passed and seam.dense == (name == "llava-onevision")
+    if seam.dense:
+        return
+    # Two pairs of frames of 4 x 4 tokens; the second are further on by as much as the model says.
+    assert len(set(seam.offsets[0, :16])) == len(set(seam.offsets[0, 16:])) == 1 and seam.offsets[0, 0] < seam.offsets[0, 16]
+    assert (seam.offsets[1:, :16] == seam.offsets[1:, 16:]).all()
+    encoder = VideoEncoder(model, example, torch.from_numpy(seam.offsets))
+    program = edgewise.compress(capture(encoder, (pixels,)).with_role(tokens="visual"), "divprune@projector.out:keep=9")
+    other = noise(*pixels.shape, seed=9)
+    with torch.no_grad():
+        whole, made = encoder(other), program.module()(other)
+    kept = edgewise.ops.apply("divprune", whole["visual"], keep=9).kept[0]
+    assert torch.equal(made["visual_position"][0], torch.from_numpy(seam.offsets)[:, kept])
+
+
+def test_a_file_is_answered_as_the_model_does(cli: Cli, tmp_path: Path) -> None:
+    """Frames at equal distances, with the constants of the processor for videos; a folder of frames and an array are the same."""
+    folder, out, file, frames = (tmp_path / name for name in ("model", "b", "x.mkv", "frames"))
+    folder.mkdir()
+    frames.mkdir()
+    model = save_llava(folder, make_video("llava-onevision")[0])
+    shown = np.random.default_rng(0).integers(0, 255, (10, 40, 48, 3), dtype=np.uint8)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("ffv1", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 48, 40, "bgr0"  # which loses nothing
+        for i, one in enumerate(shown):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
+            Image.fromarray(one).save(frames / f"{i:02}.png")
+        container.mux(stream.encode())
+    asked = ["--input-shapes", "pixel_values_videos=1x4x3x32x32", "--prompt-tokens", 12, "--new-tokens", 32]
+    assert cli("export", folder, *asked, "--target", "openvino", "-o", out).code == 0
+    made = cli("run", out, "--video", file, "--prompt", "what is this", "--json", "--quiet").document["ids"]
+    chosen = [Image.fromarray(shown[i]) for i in (1, 3, 6, 8)]  # the middles of four equal stretches
+    pixels = CLIPImageProcessorPil.from_pretrained(folder)(chosen, return_tensors="pt")["pixel_values"][None]
+    # user VIDEO what is this answer
+    assert made == greedy_of_several(model, pixels, [[2], [4, 5, 6, 3]], 65, 32, video=True) and len(set(made)) > 8
+    ids = [2, VIDEO, 4, 5, 6, 3]
+    with edgewise.load(out) as pipeline:
+        assert all(pipeline.generate(input_ids=ids, video=one).ids == made for one in (frames, shown, pixels.numpy()))
+        for given, message in (
+            ({}, "no video: .*--video FILE"),
+            ({"image": frames / "00.png"}, "takes a video: give --video FILE"),
+            ({"video": frames / "absent.mp4"}, "does not exist"),
+            ({"video": pixels.numpy()[:, :3]}, "the video has shape"),
+            ({"video": shown, "images": [shown[0]]}, "images or a video, and not both"),
+        ):
+            with pytest.raises(InputError, match=message):
+                pipeline.generate(input_ids=ids, **given)
+        with pytest.raises(InputError, match="no video placeholder"):
+            pipeline.generate(input_ids=[1, 2], video=shown)
+    wrong = cli("export", folder, *asked, "--images", 2, "--target", "openvino", "-o", tmp_path / "c")
+    assert wrong.code == 2 and "one video in a prompt" in " ".join(wrong.err.split())
