@@ -230,6 +230,17 @@ def _full_like(number: float | None) -> Callable[..., Made]:
     return rewrite
 
 
+def _new(number: float | None) -> Callable[..., Made]:
+    """Tensors of one number, of a shape of their own and, without a type of their own, the type of another."""
+
+    def rewrite(value: Node, size: list[int], *rest: Any) -> Made:
+        *given, dtype, _, _, _ = rest
+        fill = given[0] if number is None else number
+        return lambda x: torch.full(size, fill, dtype=dtype or x.dtype)
+
+    return rewrite
+
+
 def _over_all(op: Any) -> Callable[..., Made]:
     """The place of an extreme among all values, and not along the last dimension."""
 
@@ -294,6 +305,9 @@ REWRITES: dict[Any, Callable[..., Made]] = {
     aten.zeros_like.default: _full_like(0),
     aten.ones_like.default: _full_like(1),
     aten.full_like.default: _full_like(None),
+    aten.new_zeros.default: _new(0),
+    aten.new_ones.default: _new(1),
+    aten.new_full.default: _new(None),
     aten.argmax.default: _over_all(aten.argmax.default),
     aten.argmin.default: _over_all(aten.argmin.default),
     aten.softplus.default: _softplus,
