@@ -35,13 +35,16 @@ def test_frames_have_their_places(name: str) -> None:
     # Two pairs of frames of 4 x 4 tokens; the second are further on by as much as the model says.
     assert len(set(seam.offsets[0, :16])) == len(set(seam.offsets[0, 16:])) == 1 and seam.offsets[0, 0] < seam.offsets[0, 16]
     assert (seam.offsets[1:, :16] == seam.offsets[1:, 16:]).all()
+    assert seam.grid == (2, 4, 4)
     encoder = VideoEncoder(model, example, torch.from_numpy(seam.offsets))
-    program = edgewise.compress(capture(encoder, (pixels,)).with_role(tokens="visual"), "divprune@projector.out:keep=9")
-    other = noise(*pixels.shape, seed=9)
-    with torch.no_grad():
-        whole, made = encoder(other), program.module()(other)
-    kept = edgewise.ops.apply("divprune", whole["visual"], keep=9).kept[0]
-    assert torch.equal(made["visual_position"][0], torch.from_numpy(seam.offsets)[:, kept])
+    captured, other = capture(encoder, (pixels,)).with_role(tokens="visual", grid=seam.grid), noise(*pixels.shape, seed=9)
+    for method, more in (("divprune", {}), ("evs", {"frames": 2})):
+        program = edgewise.compress(captured, f"{method}@projector.out:keep=21")
+        with torch.no_grad():
+            whole, made = encoder(other), program.module()(other)
+        kept = edgewise.ops.apply(method, whole["visual"], keep=21, **more).kept[0]
+        assert torch.equal(made["visual_position"][0], torch.from_numpy(seam.offsets)[:, kept])
+        torch.testing.assert_close(made["visual"], whole["visual"][:, kept], rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_is_answered_as_the_model_does(cli: Cli, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def captured(job: Job) -> Program:
         assert source.module is not None
         program = capture(source.module, source.args, source.kwargs)
     if source.role is not None:
-        program = program.with_role(source.role, source.tokens, order=source.order)
+        program = program.with_role(source.role, source.tokens, source.grid, order=source.order)
     if job.recipe.image_input:
         program, job.pixels = take_pixels(program, source, job.recipe.seed)
         job.chosen = [target.for_images({job.pixels.name: job.pixels.colour}) for target in job.chosen]

@@ -25,7 +25,7 @@ class Source:
     """A loaded model: `module` or an `exported` program, example inputs by position or name, what the processor does to
     raw data, and real `samples` of the inputs where the source has them (shape `(n, *input)`). `role`: of the program, where it is
     known and not to be found from the graph. `whole`: the model that generates, where `module` is its encoder. `order`: see
-    `Program.order`; `tokens`: see `Program.with_role`."""
+    `Program.order`; `tokens`, `grid`: see `Program.with_role`."""
 
     name: str
     class_name: str
@@ -40,6 +40,7 @@ class Source:
     whole: nn.Module | None = None
     order: tuple[str, ...] = ()
     tokens: str | None = None
+    grid: tuple[int, ...] | None = None
 
 
 def load_source(

@@ -148,16 +148,16 @@ def analyse(program: ExportedProgram) -> Analysis:
     return found
 
 
-def with_output(found: Analysis, program: ExportedProgram, index: int) -> Analysis:
+def with_output(found: Analysis, program: ExportedProgram, index: int, grid: tuple[int, ...] | None = None) -> Analysis:
     """The same, with a site `projector.out` at an output `(B, N, C)` of the graph that is known to hold tokens, where none is:
-    between it and the encoder, tokens are read as a grid, or the encoder sees a part of them at a time. They have no attention and
-    no grid of their own."""
+    between it and the encoder, tokens are read as a grid, or the encoder sees a part of them at a time. They have no attention of
+    their own, and the `grid` that is given."""
     node = next(n for n in program.graph.nodes if n.op == "output").args[0][index]  # type: ignore[index]
     names = {place.name for stream in found.streams for place in stream.places}
     anchor = next((s.blocks[-1].anchor for s in found.streams if s.of_media and s.blocks), next(iter(found.anchors), None))
     if f"{PROJECTOR}.out" in names or anchor is None or not isinstance(node, fx.Node) or len(shape_of(node)) != 3:
         return found
-    stream = Stream(PROJECTOR, PROJECTOR, node, 1, shape_of(node)[1], 0, 0, None)
+    stream = Stream(PROJECTOR, PROJECTOR, node, 1, shape_of(node)[1], 0, 0, grid)
     stream.projector = (Place(f"{PROJECTOR}.out", node, 1, anchor),)
     return replace(found, streams=[*found.streams, stream])
 

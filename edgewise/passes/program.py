@@ -75,16 +75,18 @@ class Program:
         """The program as a module, callable like the model."""
         return self.exported.module()
 
-    def with_role(self, role: str | None = None, tokens: str | None = None, **known: Any) -> Program:
+    def with_role(self, role: str | None = None, tokens: str | None = None, grid: tuple[int, ...] | None = None,
+                  **known: Any) -> Program:
         """The same, `known` fields replaced, with this role, or that of its only stream of tokens (`model`: it has several or
-        none). `tokens`: the output that holds tokens `(B, N, C)`, however they are made."""
+        none). `tokens`: the output that holds tokens `(B, N, C)`, however they are made; `grid`: their shape, if they have one,
+        such as `(frames, H, W)`."""
         if role is None:
             roles = [s.role for s in self.analysis.streams]
             role = roles[0] if len(roles) == 1 else "model"
         named = replace(self, role=role, **known)
         analysis = self.analysis
         if tokens is not None:
-            analysis = with_output(analysis, self.base, self.output_names.index(tokens))
+            analysis = with_output(analysis, self.base, self.output_names.index(tokens), grid)
         named.__dict__["analysis"] = analysis
         return named
 

@@ -91,6 +91,7 @@ class _Build(Build):
         places = torch.from_numpy(seam.offsets) if encoder_specs and not seam.dense else None
         module = media.encoder(model, settled, places, items)
         encoder = Source("", "", module=module, args=(example,), samples=self._samples(example), tokens=media.tokens)
+        encoder.grid = seam.grid
         program = self._encoder(encoder, encoder_specs)
         encoded = [run(program, {media.argument: one}) for one in self._some(encoder, example)]
         count, whole = encoded[0][media.tokens].shape[1], seam

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,17 @@ class Seam:
     def count(self) -> int:
         """Tokens of an image."""
         return self.offsets.shape[1]
+
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        """Frames, height and width of a video's tokens, where their positions have these rows; None: of one frame, or another
+        order."""
+        pairs = [np.unique(row, return_inverse=True) for row in self.offsets]
+        sizes = tuple(len(values) for values, _ in pairs)
+        if len(sizes) != 3 or sizes[0] < 2 or math.prod(sizes) != self.count:
+            return None
+        ranks = np.stack([rank.reshape(-1) for _, rank in pairs])
+        return sizes if (ranks == np.indices(sizes).reshape(3, -1)).all() else None
 
     @property
     def dense(self) -> bool:
