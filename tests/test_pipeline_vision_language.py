@@ -19,7 +19,7 @@ import edgewise
 from edgewise.errors import InputError
 
 TARGETS = ("openvino", "onnxruntime")
-EVERY = (*TARGETS, "tensorrt", "coreml")
+EVERY = (*TARGETS, "tensorrt", "coreml", "coreml-ios18")
 BUCKET, NEW = 12, 32
 PROMPTS = [([1, 5, 6], [7, 8, 9, 10]), ([], [3]), ([4, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25]), ([1, 2], [9, 30])]
 HOW = Compression(tower=2, dominant=20, context=4, stages={2: ("fastv", 8)})

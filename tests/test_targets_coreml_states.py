@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import Cache
+from transformers import LlamaConfig, LlamaForCausalLM, cache_utils
 
 import edgewise
 from edgewise.errors import InputError
 from edgewise.targets import get
+from edgewise.targets.base import Cache
 
 WORDS, SLOTS, STEPS = 101, 32, 8
 IDS = torch.randint(0, WORDS, (1, STEPS), generator=torch.Generator().manual_seed(1))
 
 
-class Slots(Cache):
+class Slots(cache_utils.Cache):
     """Keys and values of all steps, in buffers of a fixed number of slots, one of which each token is written to."""
 
     def __init__(self, owner: Decoder, at: Tensor) -> None:
@@ -148,3 +148,67 @@ def test_what_cannot_be_a_state_is_refused(first: Tensor, target: str, message: 
     with pytest.raises(InputError, match=message):
         edgewise.export(Counter(first).eval(), tmp_path / "b", example=(torch.ones(2),), targets=[target], cache=False)
     assert not (tmp_path / "b").exists()
+
+
+class Step(nn.Module):
+    """A token that is made of two caches of different lengths, for both."""
+
+    def forward(self, x: Tensor, past_a: Tensor, past_b: Tensor, step: Tensor) -> dict[str, Tensor]:
+        seen = past_a.sum(2, keepdim=True) + past_b.amax(2, keepdim=True)
+        return {"a": x + 1.0, "b": x * 2.0 + seen, "out": seen.sum(-1)}
+
+
+CACHES = [Cache("past_a", "a", "step", 3), Cache("past_b", "b", "step", 1)]
+
+
+def step_session(folder: Path, precision: str, caches: list[Cache] | None = None) -> Any:
+    inputs = (torch.ones(1, 2, 1, 4), torch.zeros(1, 2, 6, 4), torch.zeros(1, 2, 4, 4), torch.zeros(1, dtype=torch.int64))
+    target = get("coreml-ios18").for_caches(CACHES if caches is None else caches)
+    exported = torch.export.export(Step(), inputs, strict=False).run_decompositions({})
+    names = ["x", "past_a", "past_b", "step"]
+    files = target.lower(exported, folder, "m", precision=precision, input_names=names, output_names=["a", "b", "out"])
+    return target.load(files)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_caches_are_written_at_their_slots(precision: str, tmp_path: Path) -> None:
+    """What is fed is written before the run, the token of the run behind it, and the next run sees both: numbers that half
+    precision holds."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-8, 8, (1, 2, slots, 4)).astype(np.float32) for slots in (6, 4))
+    with step_session(tmp_path, precision) as session:
+        assert [info.name for info in session.inputs] == ["x", "step"]
+        assert [(info.name, info.shape, info.dtype) for info in session.kept] == [
+            ("past_a", (1, 2, 6, 4), "float32"),
+            ("past_b", (1, 2, 4, 4), "float32"),
+        ]
+        fed: dict[str, np.ndarray] = {"past_a": a.copy(), "past_b": b.copy()}
+        for step in (0, 2, 1):
+            x = np.full((1, 2, 1, 4), 2.0 + step, np.float32)
+            made = session.run({"x": x, "step": np.array([step]), **fed})
+            fed = {}
+            seen = a.sum(2, keepdims=True) + b.max(2, keepdims=True)
+            np.testing.assert_array_equal(made["out"], seen.sum(-1))
+            a[:, :, 3 + step], b[:, :, 1 + step] = made["a"][:, :, 0], made["b"][:, :, 0]
+            np.testing.assert_array_equal(made["b"], x * 2 + seen)
+        again = session.run_anew({"x": x, "step": np.array([0])})
+        assert not again["out"].any(), "a session that begins anew has empty caches"
+        feeds = {"x": x, "step": np.array([0])}
+        with pytest.raises(InputError, match=r"state 'past_b' has shape \(1, 2, 5, 4\).*\(1, 2, 4, 4\)"):
+            session.run({**feeds, "past_b": np.zeros((1, 2, 5, 4), np.float32)})
+        with pytest.raises(InputError, match="state 'past_a' has dtype float64 and must be float32"):
+            session.run({**feeds, "past_a": np.zeros((1, 2, 6, 4))})
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        (Cache("past_c", "a", "step", 0), "has no cache past_c"),
+        (Cache("past_a", "out", "step", 0), r"out, \(1, 2, 1\), is no token of it"),
+        (Cache("past_a", "a", "step", 6), r"cache past_a is \(1, 2, 6, 4\)"),
+    ],
+)
+def test_what_is_no_cache_is_refused(cache: Cache, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        step_session(tmp_path, "fp32", [cache])
+    assert not list(tmp_path.iterdir())

@@ -23,7 +23,7 @@ FORMAT = "edgewise-bundle"
 SCHEMA_VERSION: Final = 6
 """Goes up with every new key, as older readers refuse keys that they do not know. All lower versions are read: new keys have
 defaults. 2: `notes`. 3: `pipeline`. 4: `calibration`, `quantisation`. 5: `variant_of`, `function`, and
-`compress` of components. 6: `media_items` of a pipeline."""
+`compress` of components. 6: `media_items` of a pipeline, `states` of an artifact."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -142,7 +142,8 @@ class Calibration(Strict):
 
 class Artifact(Strict):
     """What one target made of one component, with the versions of the tools that made it. `function`: which one of `files` it is,
-    where they hold several."""
+    where they hold several. `states`: inputs of the component that this artifact keeps from run to run instead, in half precision,
+    and writes itself (see `edgewise.bundle.pipeline`)."""
 
     target: str
     role: str
@@ -153,6 +154,7 @@ class Artifact(Strict):
     threads: Annotated[int, Field(ge=1)] | None = None
     quantisation: Quantisation | None = None
     function: str | None = None
+    states: tuple[str, ...] = ()
 
     @field_validator("files")
     @classmethod

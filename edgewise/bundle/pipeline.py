@@ -7,7 +7,8 @@ Conventions that every exporter of a pipeline keeps, and the runtime reads:
   prompt's bucket, whose real tokens are the last ones. Layers may have kept different numbers of media tokens.
 - `decode` takes `input_ids (1, 1)`, `position`, `length (1)` (real tokens of the prompt), `step (1)` (new tokens that are in
   the caches), and `past_key_i`, `past_value_i` with `slots` tokens: those of prefill, then room for new ones. It gives `logits` and
-  the new token's own `key_i`, `value_i` `(1, heads, 1, size)`, which the runtime writes to slot `tokens + step`.
+  the new token's own `key_i`, `value_i` `(1, heads, 1, size)`, which the runtime writes to slot `tokens + step`. An artifact whose
+  `states` name the caches is given them once, behind prefill, and writes to that slot itself.
 - What only the encoder makes (`cross_key_i`, `cross_value_i`) is handed to `decode` under its name, unchanged.
 
 Order in a sequence is what `position` says, never the place in a graph: a token sees those whose position is not larger.

@@ -53,6 +53,7 @@ def lower_all(
             files=tuple(path.relative_to(root).as_posix() for path in files),
             versions=target.versions(),
             warnings=tuple(target.check()),
+            states=tuple(cache.input for cache in target.caches),
         )
         lowered.append(Lowered(artifact, target, files, steps[target.name]))
     return lowered
@@ -89,6 +90,7 @@ def _lower(
             "devices": target.devices,
             "functions": target.functions,
             "images": target.images,
+            "caches": target.caches,
             "inputs": names,
             "outputs": program.output_names,
             "stem": program.role,

@@ -36,6 +36,9 @@ class Editor:
         self.constants: dict[str, Any] = dict(program.constants)
         self.added: dict[str, Tensor] = {}
         """Inputs that the caller has to feed besides the captured ones, by name, with an example each."""
+        self.state_dict: dict[str, Any] = dict(program.state_dict)
+        self.written: dict[str, fx.Node] = {}
+        """What every run leaves in buffers that `keep` made, by their names."""
         self.dropped: set[int] = set()
         """Which of the captured inputs, counted in the order of the call, are inputs no more."""
         self.fake_mode = fake_mode_of(program)
@@ -62,6 +65,20 @@ class Editor:
         self.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
         self.added[node.name] = example
         return node
+
+    def keep(self, placeholder: fx.Node, name: str, written: fx.Node) -> None:
+        """Make an input a buffer, which begins with zeros, and which every run leaves as `written`."""
+        given = [spec for spec in self.input_specs if spec.kind == InputKind.USER_INPUT]
+        spec = next(one for one in given if one.arg.name == placeholder.name)  # type: ignore[union-attr]
+        self.dropped.add(list(self.original.graph_signature.user_inputs).index(placeholder.name))
+        placeholder.name = unique(f"b_{name}", {node.name for node in self.graph.nodes})  # buffers are not called as their inputs
+        kept = InputSpec(InputKind.BUFFER, TensorArgument(placeholder.name), name, persistent=True)
+        self.input_specs[self.input_specs.index(spec)] = kept
+        self.state_dict[name] = torch.zeros(shape_of(placeholder), dtype=placeholder.meta["val"].dtype)
+        output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        places = list(output.args[0])  # type: ignore[arg-type]
+        output.args = ((*places[: len(self.written)], written, *places[len(self.written) :]),)
+        self.written[name] = written
 
     def drop_constant_inputs(self) -> bool:
         """Take away the inputs that are no tensors (a flag, a size): what they decide is in the graph. Tells if there were any.
@@ -123,7 +140,7 @@ class Editor:
         signature = type(signature)(input_specs=specs, output_specs=self._output_specs())
         self.graph.lint()
         return ExportedProgram(
-            root=self.original.graph_module, graph=self.graph, graph_signature=signature, state_dict=self.original.state_dict,
+            root=self.original.graph_module, graph=self.graph, graph_signature=signature, state_dict=self.state_dict,
             range_constraints=self.original.range_constraints, module_call_graph=self._call_graph(),
             example_inputs=self._example_inputs(), constants=self.constants,
             verifiers=self.original.verifiers)
@@ -158,7 +175,10 @@ class Editor:
 
     def _output_specs(self) -> list[OutputSpec]:
         specs: list[OutputSpec] = []
-        for spec, node in zip(self.original.graph_signature.output_specs, output_nodes(self.graph), strict=True):
+        for name, written in self.written.items():
+            specs.append(OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(written.name), name))
+        given = output_nodes(self.graph)[len(self.written) :]
+        for spec, node in zip(self.original.graph_signature.output_specs, given, strict=True):
             arg: Any = TensorArgument(node.name) if isinstance(node, fx.Node) else ConstantArgument("", node)
             specs.append(OutputSpec(spec.kind, arg, spec.target))
         return specs

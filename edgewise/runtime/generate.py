@@ -34,7 +34,7 @@ class Decoder:
 
     def __init__(self, prefill: Session, decode: Session, pipeline: Pipeline) -> None:
         self.prefill, self.decode, self.pipeline = prefill, decode, pipeline
-        self._inputs = {info.name: info for info in decode.inputs}
+        self._inputs = {info.name: info for info in (*decode.inputs, *decode.kept)}
 
     def tokens(
         self,
@@ -75,9 +75,12 @@ class Decoder:
             start = time.perf_counter()
             changing = {"input_ids": np.array([[token]]), "position": np.array(position + step), "step": np.array([step])}
             outputs = self.decode.run({**caches, **self._shaped({**fixed, **changing})})
+            for info in self.decode.kept:
+                caches.pop(info.name, None)  # it has them now, and wrote to them
             for i, layer in enumerate(self.pipeline.caches):
                 for kind in ("key", "value"):
-                    caches[f"past_{kind}_{i}"][:, :, layer.tokens + step] = outputs[f"{kind}_{i}"][:, :, 0]
+                    if f"past_{kind}_{i}" in caches:
+                        caches[f"past_{kind}_{i}"][:, :, layer.tokens + step] = outputs[f"{kind}_{i}"][:, :, 0]
             into.timed("decode", start)
 
     def _caches(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

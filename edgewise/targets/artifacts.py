@@ -76,8 +76,10 @@ def load(bundle: Bundle, artifact: Artifact, *, threads: int | None = None, unit
     target = target if units is None else target.for_units(units)
     session = target.load_function(files, artifact.function, threads=count)
     component = bundle.manifest.component(artifact.role)
+    kept = set(artifact.states)
     for kind, found, said in (
-        ("inputs", session.inputs, component.inputs),
+        ("inputs", session.inputs, [one for one in component.inputs if one.name not in kept]),
+        ("states", session.kept, [one for one in component.inputs if one.name in kept]),
         ("outputs", session.outputs, component.outputs),
     ):
         if [(one.name, one.shape, one.dtype) for one in found] != [

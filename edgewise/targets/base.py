@@ -59,6 +59,17 @@ class Requirement:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """An input of a program that is a cache, `(batch, heads, slots, size)`, and the output that gives the one token
+    `(batch, heads, 1, size)` which a run adds to it, at the slot `first` plus the number in the input `step (1)`."""
+
+    input: str
+    output: str
+    step: str
+    first: int
+
+
+@dataclass(frozen=True)
 class Tolerance:
     """How far the outputs of a right artifact may be from those of its program.
 
@@ -84,6 +95,9 @@ class Session(ABC):
 
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    kept: tuple[TensorInfo, ...] = ()
+    """States that it keeps from run to run, and may be given: what is fed to `run` under its name is written before the run, and
+    what is left out is as the last run left it."""
     stand_in: str | None = None
     """What runs the artifact, where it is not the runtime that the artifact is for: then its times say nothing of a device."""
     units: str | None = None
@@ -98,11 +112,10 @@ class Session(ABC):
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the component once.
 
-        `feeds` holds one array for each input, of its exact shape and dtype. Gives the outputs by name, in
-        order; the arrays are the caller's. Raises `InputError` if a name, shape or dtype is wrong, before
-        anything runs.
+        `feeds` holds one array for each input, of its exact shape and dtype, and may hold those of states. Gives the outputs by
+        name, in order; the arrays are the caller's. Raises `InputError` if a name, shape or dtype is wrong, before anything runs.
         """
-        return self._run(self._checked(feeds))
+        return self._run(self._checked(self._keep(feeds)))
 
     def run_anew(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """`run` after `reset`."""
@@ -118,8 +131,21 @@ class Session(ABC):
 
         Raises InputError as `run` does.
         """
-        checked = self._checked(feeds)
+        checked = self._checked(self._keep(feeds))
         return lambda: self._run(checked)
+
+    def _keep(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Write what is fed to states; gives the rest."""
+        if not self.kept:
+            return feeds
+        given = {info.name: _checked_array(info, feeds[info.name], "state") for info in self.kept if info.name in feeds}
+        if given:
+            self._write(given)
+        return {name: array for name, array in feeds.items() if name not in given}
+
+    def _write(self, states: dict[str, np.ndarray]) -> None:
+        """Write checked arrays to states. A session with states has its own."""
+        raise NotImplementedError
 
     def _checked(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         # What fits as it is, which is the rule, must cost next to nothing: a small model takes less than a millisecond.
@@ -140,24 +166,7 @@ class Session(ABC):
         for info in self.inputs:
             if info.name not in feeds:
                 raise InputError(f"input '{info.name}' is missing; the inputs are: {', '.join(names)}")
-            array = feeds[info.name]
-            if not isinstance(array, np.ndarray):
-                kind = type(array).__name__
-                raise InputError(
-                    f"input '{info.name}' is a {kind}; give a numpy array (numpy.asarray makes one)"
-                )
-            if array.shape != info.shape:
-                raise InputError(
-                    f"input '{info.name}' has shape {array.shape}; "
-                    f"this artifact has the static shape {info.shape}"
-                )
-            if array.dtype.newbyteorder("=") != np.dtype(info.dtype):
-                raise InputError(
-                    f"input '{info.name}' has dtype {array.dtype} and must be {info.dtype}; "
-                    f"convert it with .astype('{info.dtype}')"
-                )
-            # Runtimes read a plain buffer, and take strides or the other byte order for data.
-            checked[info.name] = np.ascontiguousarray(array, dtype=np.dtype(info.dtype)).reshape(info.shape)
+            checked[info.name] = _checked_array(info, feeds[info.name])
         return checked
 
     @abstractmethod
@@ -182,6 +191,22 @@ class Session(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _checked_array(info: TensorInfo, array: Any, kind: str = "input") -> np.ndarray:
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{kind} '{info.name}' is a {type(array).__name__}; give a numpy array (numpy.asarray makes one)")
+    if array.shape != info.shape:
+        raise InputError(
+            f"{kind} '{info.name}' has shape {array.shape}; this artifact has the static shape {info.shape}"
+        )
+    if array.dtype.newbyteorder("=") != np.dtype(info.dtype):
+        raise InputError(
+            f"{kind} '{info.name}' has dtype {array.dtype} and must be {info.dtype}; "
+            f"convert it with .astype('{info.dtype}')"
+        )
+    # Runtimes read a plain buffer, and take strides or the other byte order for data.
+    return np.ascontiguousarray(array, dtype=np.dtype(info.dtype)).reshape(info.shape)
 
 
 class Feeds(Protocol):
@@ -253,6 +278,8 @@ class Target(ABC):
     """Those that were chosen."""
     functions: bool = False
     """Whether what it lowers will be one of several functions of an artifact (`for_functions`)."""
+    caches: tuple[Cache, ...] = ()
+    """Inputs of what it lowers that the artifact keeps as states (`for_caches`)."""
 
     def check(self, *, runtime_only: bool = False, precision: str | None = None) -> list[str]:
         """Warnings about packages whose version was not tested.
@@ -298,6 +325,11 @@ class Target(ABC):
         """The target whose sessions use these compute units alone. Raises `InputError` for unknown ones, and where there is nothing
         to choose, as here, and `MissingExtra` on a machine where there is not."""
         raise InputError(f"target {self.name} has no compute units to choose")
+
+    def for_caches(self, caches: Sequence[Cache]) -> Target:
+        """The target for a program with these caches. Where it keeps them as states, the artifact writes them itself, and takes
+        them as inputs no more; here they stay inputs and outputs."""
+        return self
 
     def for_images(self, images: Mapping[str, str]) -> Target:
         """The target whose artifacts take images (`RGB` or `grayscale`, pixels from 0 to 255) as these inputs. Raises `InputError`

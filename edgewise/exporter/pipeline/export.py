@@ -112,7 +112,7 @@ class _Build(Build):
         spans = [f"{s}{',' if ':' in s else ':'}span=0:{items * count}" for s in decoder_specs]
         program = self.component("prefill", prefill, spans)
         steps = [self._decode_inputs(program, *pair, seam, room) for pair in zip(prefill_samples, prompts, strict=True)]
-        self.component("decode", source_of(Decode(model, bucket, room), steps[1:]))
+        self.component("decode", source_of(Decode(model, bucket, room), steps[1:]), room=room)
         layers = cache_layers(self.parts[2], bucket, room)
         text = describe_text(self.job.source, token, self.folder, media.chat, items)
         text["settings"] = {

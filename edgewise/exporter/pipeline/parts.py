@@ -24,6 +24,7 @@ from edgewise.exporter.sources import Source
 from edgewise.passes.cleanup import clean_up
 from edgewise.passes.flops import total_flops
 from edgewise.passes.program import Program
+from edgewise.targets.base import Cache
 from edgewise.verify.ladder import Rung
 
 
@@ -64,14 +65,16 @@ class Build:
             if not any(precisions.of(role) in target.quantises for target in chosen):
                 raise InputError(f"layers to skip {pattern!r}: {role} is not quantised, but {precisions.of(role)}")
 
-    def component(self, role: str, source: Source, specs: Sequence[str] = ()) -> Program:
-        """Export one component, as if it were all of a bundle."""
+    def component(self, role: str, source: Source, specs: Sequence[str] = (), room: int = 0) -> Program:
+        """Export one component, as if it were all of a bundle. `room`: slots for new tokens, the last ones of its caches."""
         whole = self.job
         source.role, source.name, source.class_name = role, whole.source.name, whole.source.class_name
         source.preprocessing = whole.source.preprocessing
         precision = parse_precisions(whole.recipe.precision).of(role)
         recipe = whole.recipe.model_copy(update={"compress": tuple(specs), "precision": precision})
-        part = Job(recipe, source, whole.chosen, None, whole.cache, whole.weights, wish=self._wish(role, precision))
+        caches = _caches(source, room)
+        chosen = [target.for_caches(caches) for target in whole.chosen] if caches else whole.chosen
+        part = Job(recipe, source, chosen, None, whole.cache, whole.weights, wish=self._wish(role, precision))
         turn = self.order.index(role)
         if whole.progress is not None:
             tell, steps = whole.progress, len(self.order)
@@ -146,6 +149,15 @@ def flops_of(module: nn.Module, inputs: Mapping[str, Any]) -> int:
     """FLOPs of one run of a module as it is, uncompressed."""
     with evaluating(module), quiet():
         return total_flops(clean_up(torch.export.export(module, (), dict(inputs), strict=False)))
+
+
+def _caches(source: Source, room: int) -> list[Cache]:
+    """The caches that a component takes and adds a token to, by the names that pipelines have for them."""
+    return [
+        Cache(name, name.removeprefix("past_"), "step", array.shape[2] - room)
+        for name, array in (source.samples or {}).items()
+        if room and name.startswith("past_")
+    ]
 
 
 def cache_layers(decode: Manifest, bucket: int, room: int) -> tuple[CacheLayer, ...]:

@@ -90,7 +90,7 @@ class _Build(Build):
         feeds = [{**prompt(ids, bucket), **encoded[i % 2]} for i, ids in enumerate((start, start[:1]))]
         program = self.component("prefill", source_of(Prefill(model), feeds))
         steps = [_decode_inputs(run(program, one), one, room, step) for one, step in zip(feeds, (0, 2), strict=True)]
-        self.component("decode", source_of(Decode(model, bucket), steps))
+        self.component("decode", source_of(Decode(model, bucket), steps), room=room)
         layers = cache_layers(self.parts[2], bucket, room)
         pipeline = Pipeline(
             kind="speech",

@@ -119,14 +119,14 @@ def _read(path: Path) -> tuple[list[Port], list[Port]]:
     try:
         stated = json.loads((path / "metadata.json").read_text("utf-8"))
         program, digest = (path / "main.mlirb").read_bytes(), (path / "main.hash").read_bytes()
-        found = parse(stated["creatorDefinedMetadata"][METADATA_KEY])
+        inputs, outputs, _ = parse(stated["creatorDefinedMetadata"][METADATA_KEY])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(
             f"Core AI cannot load {path}: it is no model that edgewise made, or damaged: {error}"
         ) from error
     if hashlib.sha256(program).digest() != digest:
         raise InputError(f"Core AI cannot load {path}: its program is not the one that its digest is of; copy it again")
-    return found
+    return inputs, outputs
 
 
 def _fed(array: np.ndarray, port: Port, dtype: np.dtype[Any]) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from edgewise.errors import MissingExtra, unknown
-from edgewise.targets.base import Feeds, Quantiser, Requirement, Session, Target, Tolerance
+from edgewise.targets.base import Cache, Feeds, Quantiser, Requirement, Session, Target, Tolerance
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -50,6 +50,8 @@ class CoreML(Target):
     """Whether tokens are the last axis (see `layout`)."""
 
     def tolerance(self, precision: str) -> Tolerance:
+        if self.caches and precision == "fp32":
+            precision = "fp16"  # in which states are kept
         return Tolerance(*TOLERANCES[precision]) if precision in TOLERANCES else Tolerance()
 
     def lower(
@@ -77,6 +79,7 @@ class CoreML(Target):
             oldest=self.oldest,
             images=self.images,
             tokens_last=self.tokens_last,
+            caches=self.caches,
         )
 
     def for_functions(self) -> Target:
@@ -164,8 +167,13 @@ class CoreMLLayout(CoreML):
 
 
 class CoreMLFused(CoreML):
-    """The same with each attention as one op, which iOS 18 and macOS 15 brought."""
+    """The same with each attention as one op, and the caches of a decoder as states, which iOS 18 and macOS 15 brought."""
 
     name = "coreml-ios18"
     description = "Core ML package for iOS 18 and macOS 15, with attention as one op"
     oldest = "iOS18"
+
+    def for_caches(self, caches: Sequence[Cache]) -> Target:
+        made = copy.copy(self)
+        made.caches = tuple(caches)
+        return made

@@ -12,6 +12,7 @@ from edgewise.targets.program import prepare
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from edgewise.targets.base import Cache
 
 DEPLOYMENT = {"w4a16": "iOS18"}
 """The oldest system that a package of a precision is for. All others: iOS17."""
@@ -35,23 +36,28 @@ def lower(
     images: Mapping[str, str] | None = None,
     oldest: str = "iOS17",
     tokens_last: bool = False,
+    caches: Sequence[Cache] = (),
 ) -> list[Path]:
     """Write `stem.mlpackage`; see `Target.lower`. The main file is the package's `Manifest.json`.
 
     `functions`: it will be one of several functions of a package. `images`: inputs that take images, and their colours. `oldest`:
     the oldest system that it may be for; from iOS18 on, attention is one op. `tokens_last`: tokens are laid out as in `layout`.
+    `caches`: inputs that the package keeps as states.
     """
     from edgewise.passes.layers import layers
+    from edgewise.targets.coreml.caches import keep_caches
     from edgewise.targets.coreml.convert import quiet, reads, to_mil, to_model
     from edgewise.targets.coreml.layout import lay_out
     from edgewise.targets.coreml.legal import legal
-    from edgewise.targets.coreml.ports import ports
+    from edgewise.targets.coreml.ports import ports, state_ports
     from edgewise.targets.coreml.weights import palettised, quantised
     from edgewise.targets.coreml.write import write_package
 
     half, deployment = precision != "fp32", FUNCTIONS if functions else DEPLOYMENT.get(precision, oldest)
     with quiet():
         prepared = prepare(exported, "coreml", input_names, output_names, keeps_state=True)
+        if caches:
+            prepared, input_names = keep_caches(prepared, input_names, output_names, caches)
         if prepared.graph_signature.buffers_to_mutate:
             deployment = STATES
             _check_states(prepared)
@@ -61,13 +67,14 @@ def lower(
             laid = lay_out(program)
             program, names = laid.program, {laid.layers.get(weight, weight): name for weight, name in names.items()}
         inputs, outputs = ports(program, input_names, output_names, half=half, images=images)
+        states = state_ports(program, caches)
         model = to_model(to_mil(program, inputs, outputs, deployment), deployment, half, apart=tokens_last)
         if precision in _BITS:
             model = quantised(model, _BITS[precision])
         elif precision == PALETTES:
             model = palettised(model)
     return write_package(
-        model, inputs, outputs, Path(folder) / f"{stem}.mlpackage", names if precision == "fp16" else None
+        model, inputs, outputs, Path(folder) / f"{stem}.mlpackage", names if precision == "fp16" else None, states
     )
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from edgewise.targets.base import Cache
+
 METADATA_KEY = "edgewise.ports"
 """Where a package keeps its ports; those of each of several functions under `key_of`."""
 
@@ -90,15 +92,26 @@ def _feature(name: str, taken: set[str]) -> str:
     return plain
 
 
-def dump(inputs: Sequence[Port], outputs: Sequence[Port]) -> str:
+def state_ports(exported: ExportedProgram, caches: Sequence[Cache]) -> list[Port]:
+    """The ports of caches that a program keeps in buffers of their names. Core ML keeps half precision at every precision."""
+    return [
+        Port(cache.input, tuple(exported.state_dict[cache.input].shape), "float32", _feature(cache.input, set()), "float16")
+        for cache in caches
+    ]
+
+
+def dump(inputs: Sequence[Port], outputs: Sequence[Port], states: Sequence[Port] = ()) -> str:
     """Ports as the package's metadata hold them."""
-    return json.dumps({"inputs": [asdict(p) for p in inputs], "outputs": [asdict(p) for p in outputs]}, sort_keys=True)
+    document = {"inputs": [asdict(p) for p in inputs], "outputs": [asdict(p) for p in outputs]}
+    if states:
+        document["states"] = [asdict(p) for p in states]
+    return json.dumps(document, sort_keys=True)
 
 
-def parse(text: str) -> tuple[list[Port], list[Port]]:
-    """What `dump` wrote. Raises ValueError, KeyError or TypeError if it is anything else."""
+def parse(text: str) -> tuple[list[Port], list[Port], list[Port]]:
+    """Inputs, outputs and states that `dump` wrote. Raises ValueError, KeyError or TypeError if it is anything else."""
     document = json.loads(text)
     made = []
-    for kind in ("inputs", "outputs"):
-        made.append([Port(**{**port, "shape": tuple(int(n) for n in port["shape"])}) for port in document[kind]])
-    return made[0], made[1]
+    for ports in (document["inputs"], document["outputs"], document.get("states", [])):
+        made.append([Port(**{**port, "shape": tuple(int(n) for n in port["shape"])}) for port in ports])
+    return made[0], made[1], made[2]

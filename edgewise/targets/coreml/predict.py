@@ -92,6 +92,16 @@ class PredictSession(CoreMLSession):
             except Exception as error:  # of whatever kind Core ML says it is
                 raise InputError(f"Core ML makes no state of {self.package.path}: {' '.join(str(error).split())}") from error
 
+    def _store(self, states: dict[str, np.ndarray]) -> None:
+        super()._store(states)
+        if self._state is None:
+            raise InputError("this session was closed; load the artifact again")
+        for name, array in states.items():
+            try:
+                self._state.write_state(name, array)
+            except Exception as error:  # of whatever kind Core ML says it is
+                raise InputError(f"Core ML cannot write state '{name}' of {self.package.path}: {error}") from error
+
     def placement(self) -> dict[str, int] | None:
         try:
             return placement(self.package.path, self._session.function, self._units)

@@ -225,10 +225,12 @@ class CoreMLSession(Session):
                 f"{self._session.package.path} was not made by edgewise: it does not say what its inputs are"
             )
         try:
-            self._inputs, self._outputs = parse(stated)
+            self._inputs, self._outputs, self._states = parse(stated)
         except (ValueError, LookupError, TypeError) as error:
             raise InputError(f"{self._session.package.path}: its ports cannot be read: {error}") from error
-        for ports, found in ((self._inputs, self._session.inputs), (self._outputs, self._session.outputs)):
+        kept = [TensorInfo(name=name, shape=v.shape, dtype=v.dtype.name) for name, v in self._session.states.items()]
+        every = ((self._inputs, self._session.inputs), (self._outputs, self._session.outputs), (self._states, kept))
+        for ports, found in every:
             have = {info.name: (info.shape, info.dtype) for info in found}
             for port in ports:
                 if have.get(port.feature) != (port.stored_shape, port.stored):
@@ -238,6 +240,7 @@ class CoreMLSession(Session):
                     )
         self.inputs = tuple(_port_info(port) for port in self._inputs)
         self.outputs = tuple(_port_info(port) for port in self._outputs)
+        self.kept = tuple(_port_info(port) for port in self._states)
 
     @property
     def package(self) -> Package:
@@ -250,7 +253,7 @@ class CoreMLSession(Session):
 
     def run(self, feeds: Mapping[str, np.ndarray], *, watch: Watch | None = None) -> dict[str, np.ndarray]:
         """Run once, see `Session.run`; `watch` as for `InterpreterSession.run`."""
-        return self._compute(self._checked(feeds), watch)
+        return self._compute(self._checked(self._keep(feeds)), watch)
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self._compute(feeds, None)
@@ -263,6 +266,13 @@ class CoreMLSession(Session):
     def _computed(self, stored: dict[str, np.ndarray], watch: Watch | None) -> dict[str, np.ndarray]:
         """What the package gives, by its own names, for arrays by its own names."""
         return self._session.run(stored, watch=watch)
+
+    def _write(self, states: dict[str, np.ndarray]) -> None:
+        self._store({port.feature: _fed(states[port.name], port) for port in self._states if port.name in states})
+
+    def _store(self, states: dict[str, np.ndarray]) -> None:
+        """Write states by the package's own names."""
+        self._session.reset(states)
 
     def reset(self) -> None:
         """Fill all states with zeros."""

@@ -24,7 +24,8 @@ _WEIGHTS = "weights"
 
 
 def write_package(
-    model: Any, inputs: Sequence[Port], outputs: Sequence[Port], package: Path, layers: Mapping[str, str] | None = None
+    model: Any, inputs: Sequence[Port], outputs: Sequence[Port], package: Path, layers: Mapping[str, str] | None = None,
+    states: Sequence[Port] = (),
 ) -> list[Path]:
     """Write coremltools' model to the folder `package`; gives its files, the manifest first. `layers`: see `LAYERS_KEY`."""
     spec = model.get_spec()
@@ -37,7 +38,7 @@ def write_package(
     for key in list(metadata):
         if key.startswith("com.github.apple.coremltools"):
             del metadata[key]
-    metadata[METADATA_KEY] = dump(inputs, outputs)
+    metadata[METADATA_KEY] = dump(inputs, outputs, states)
     if layers is not None:
         metadata[LAYERS_KEY] = json.dumps(layers, sort_keys=True)
     places = []
