@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,23 @@ def test_a_page_of_several_records(compared: Comparison, record: Record) -> None
     is_inert(read)
     words = " ".join(read.words)
     assert "Ratios of the median times" in words
-    assert f"[1] {record.measurements[0].artifact}" in words
+    # All three are of one model and one compression: nothing but their number tells them apart.
+    title = f"{' '.join(record.compress) or 'uncompressed'}: {record.measurements[0].artifact}"
+    assert all(f"#{number} {title}" in words for number in range(3)) and "#3 " not in words
     assert all(f"{one.ratio:.3f}" in words for one in compared.ratios)
+
+
+def test_records_are_told_apart_by_model_and_compression(record: Record) -> None:
+    """No number where a name says it; of several models, the model in front."""
+    slow, fast = record.measurements
+    others = [record.model_copy(update={"compress": ("topk:keep=0.5",)}), record.model_copy(update={"model": "demo:other"})]
+    words = " ".join(Page(page([record, *others])).words)
+    own = " ".join(record.compress) or "uncompressed"
+    for title in (f"{record.model}, {own}", f"{record.model}, topk:keep=0.5", f"demo:other, {own}"):
+        assert all(f"{title}: {one.artifact}" in words for one in (slow, fast))
+    assert not re.search(rf"#\d (?:{record.model}|demo:other|{re.escape(own)})", words)
+    alone = " ".join(Page(page([record, others[0]])).words)
+    assert f"topk:keep=0.5: {fast.artifact}" in alone and f"{record.model}, " not in alone
 
 
 def test_what_is_unknown_is_left_out_or_a_dash(record: Record) -> None:
@@ -181,6 +197,18 @@ def test_only_artifacts_of_one_model_and_role_are_held_against_one_another(recor
         assert f"<h3>{title}</h3>" in text
 
 
+def test_costs_that_are_far_apart_are_in_powers_of_ten() -> None:
+    points = [svg.Point(f"p{i}", cost, 0.9, None, f"k{i}") for i, cost in enumerate((2.0, 20.0, 200.0, 2000.0))]
+    plot = svg.pareto(points, "ms", "accuracy")
+    places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', plot)]
+    steps = [right - left for left, right in pairwise(places)]
+    assert min(steps) > 50 and max(steps) - min(steps) < 0.21
+    assert all(f">{text}</text>" in plot for text in ("10", "100", "1,000"))
+    near = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg.pareto([*points[:2], svg.Point("q", 38.0, 0.9)], "ms", "a"))]
+    assert near[2] - near[1] == pytest.approx(near[1] - near[0], abs=0.2), "a plain scale"
+    assert "circle" in svg.pareto([svg.Point("none", 0.0, 1.0), svg.Point("all", 5.0, 1.0)], "ms", "a")
+
+
 def test_more_artifacts_than_colours(record: Record) -> None:
     """Each target has latency plots of its own, and in the Pareto plots a colour for each of its precisions."""
     precisions = ("fp32", "fp16", "w8a8", "w8a16", "w4a16")
@@ -194,6 +222,9 @@ def test_more_artifacts_than_colours(record: Record) -> None:
         }
     )
     few, text = page([record]), page([many])
+    assert few.count("<div class=card>") == text.count("<div class=card>") == 2 and "Of 10 artifacts" in text
+    order = [text.index(f"<h2>{one}</h2>") for one in ("The fastest on each target", "Accuracy, latency and size", "Latency")]
+    assert order == sorted(order)
     is_inert(Page(text))
     assert few.count("<h3>Distribution") == 1 and text.count("<h3>Distribution") == len(record.measurements) == 2
     for one in record.measurements:

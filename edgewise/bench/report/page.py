@@ -5,12 +5,14 @@ It needs nothing from elsewhere and runs nothing: no scripts, and a policy that 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
+from math import inf
 
-from edgewise.bench.record import Comparison, Interval, Latency, Measurement, Record
+from edgewise.bench.record import Comparison, Interval, Latency, Record
 from edgewise.bench.report import svg
-from edgewise.bench.report.tradeoff import Scores, tradeoff
+from edgewise.bench.report.tradeoff import Named, Scores, tradeoff
 from edgewise.verify.ladder import Rung
 from edgewise.verify.metrics import worst
 
@@ -45,21 +47,21 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def page(documents: Sequence[Record | Comparison], scores: Scores | None = None) -> str:
     """The page of these records and comparisons, as HTML. `scores`: accuracy on labelled data."""
-    entries = [entry for document in documents for entry in _entries(document)]
-    records = [record for _, record in entries]
-    names = _names(entries)
+    records = [record for document in documents for record in _records(document)]
+    names = _names(records)
     named = [list(zip(group, record.measurements, strict=True)) for record, group in zip(records, names, strict=True)]
     measured = [one for group in named for one in group]
     models = list(dict.fromkeys(record.model for record in records))
-    body = [f"<h1>{escape(', '.join(models))}</h1>", _sub(records), *_cards(measured), *_ratios(documents)]
+    body = [f"<h1>{escape(', '.join(models))}</h1>", _sub(records), *_cards(named, records)]
     body += [
-        *_latency(named, records),
         *tradeoff(named, records, scores or {}),
+        *_latency(named, records),
+        *_ratios(documents, names),
         *_tokens(names, records),
         *_stages(measured),
         *_placement(measured),
     ]
-    body += [*_figures(measured), *_ladder(entries), *_host(records), *_trust(measured, records)]
+    body += [*_figures(measured), *_ladder(records), *_host(records), *_trust(measured, records)]
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -70,27 +72,29 @@ def page(documents: Sequence[Record | Comparison], scores: Scores | None = None)
     )
 
 
-def _entries(document: Record | Comparison) -> list[tuple[str, Record]]:
-    """Records with what tells them apart: of a comparison, the place of the bundle."""
-    if isinstance(document, Record):
-        return [(" ".join(document.compress) or "uncompressed", document)]
+def _records(document: Record | Comparison) -> Sequence[Record]:
+    return [document] if isinstance(document, Record) else document.records
+
+
+def _titles(records: Sequence[Record]) -> list[str]:
+    """What tells records apart: the compression, and of several models the model."""
+    several = len({record.model for record in records}) > 1
     return [
-        (f"[{number}] {' '.join(record.compress) or 'uncompressed'}", record)
-        for number, record in enumerate(document.records)
+        ", ".join([*([record.model] if several else []), " ".join(record.compress) or "uncompressed"]) for record in records
     ]
 
 
-def _names(entries: Sequence[tuple[str, Record]]) -> list[list[str]]:
-    """A name for every measurement: the artifact's, and with several records what tells these apart."""
-    if len(entries) == 1:
-        return [[one.artifact for one in entries[0][1].measurements]]
-    titles = [
-        title if [t for t, _ in entries].count(title) == 1 else f"{title} #{number}"
-        for number, (title, _) in enumerate(entries)
+def _names(records: Sequence[Record]) -> list[list[str]]:
+    """A name for every measurement: the artifact's, and with several records what tells these apart, with its number where
+    nothing else does."""
+    if len(records) == 1:
+        return [[one.artifact for one in records[0].measurements]]
+    names = [
+        [f"{title}: {one.artifact}" for one in record.measurements] for title, record in zip(_titles(records), records, strict=True)
     ]
+    counts = Counter(name for group in names for name in group)
     return [
-        [f"{title}: {one.artifact}" for one in record.measurements]
-        for title, (_, record) in zip(titles, entries, strict=True)
+        [name if counts[name] == 1 else f"#{number} {name}" for name in group] for number, group in enumerate(names)
     ]
 
 
@@ -103,9 +107,18 @@ def _sub(records: Sequence[Record]) -> str:
     return f"<p class=sub>{escape(' · '.join(told))}</p>"
 
 
-def _cards(measured: Sequence[tuple[str, Measurement]]) -> Iterable[str]:
+def _cards(named: Sequence[Sequence[Named]], records: Sequence[Record]) -> Iterable[str]:
+    """A card for each measurement; of more than there are colours, for the fastest of each model, role and target."""
+    known = [(record.model, *pair) for record, group in zip(records, named, strict=True) for pair in group]
+    shown = [(name, one) for _, name, one in known]
+    if len(known) > svg.COLOURS:
+        groups: dict[tuple[str, str, str], list[Named]] = {}
+        for model, name, one in known:
+            groups.setdefault((model, one.role, one.target), []).append((name, one))
+        shown = [min(group, key=lambda pair: pair[1].latency.p50_ms if pair[1].latency else inf) for group in groups.values()]
+        yield f"<h2>The fastest on each target</h2><p class=sub>Of {len(known)} artifacts, which are all further down.</p>"
     yield "<div class=cards>"
-    for name, one in measured:
+    for name, one in shown:
         lines = [
             _speed(one.speedup, one.speedup_interval),
             None if one.artifact_bytes is None else f"{one.artifact_bytes / 1e6:.2f} MB on disk",
@@ -121,8 +134,8 @@ def _cards(measured: Sequence[tuple[str, Measurement]]) -> Iterable[str]:
 
 
 def _broken(name: str) -> str:
-    """A name that may be folded behind its slashes."""
-    return escape(name).replace("/", "/<wbr>")
+    """A name that may be folded behind its slashes, and behind the method of a site."""
+    return escape(name).replace("/", "/<wbr>").replace("@", "@<wbr>")
 
 
 def _speed(value: float | None, interval: Interval | None) -> str | None:
@@ -132,23 +145,32 @@ def _speed(value: float | None, interval: Interval | None) -> str | None:
     return told if interval is None else f"{told} ({interval.low:.2f} to {interval.high:.2f})"
 
 
-def _ratios(documents: Sequence[Record | Comparison]) -> Iterable[str]:
+def _ratios(documents: Sequence[Record | Comparison], names: Sequence[Sequence[str]]) -> Iterable[str]:
+    """`names`: of the measurements of every record of the documents, in their order."""
+    number = 0
     for document in documents:
+        own = names[number : number + len(_records(document))]
+        number += len(own)
         if isinstance(document, Comparison):
+            known = {
+                (place, one.artifact): name
+                for place, (record, group) in enumerate(zip(document.records, own, strict=True))
+                for one, name in zip(record.measurements, group, strict=True)
+            }
             rows = [
-                [f"[{one.bundle}] {one.artifact}", f"[{one.baseline_bundle}] {one.baseline}", f"{one.ratio:.3f}",
-                 f"{one.interval.low:.3f} to {one.interval.high:.3f}", f"{one.interval.confidence:.0%}"]
+                [known.get((one.bundle, one.artifact), one.artifact), known.get((one.baseline_bundle, one.baseline), one.baseline),
+                 f"{one.ratio:.3f}", f"{one.interval.low:.3f} to {one.interval.high:.3f}", f"{one.interval.confidence:.0%}"]
                 for one in document.ratios
             ]  # fmt: skip
             yield "<h2>Ratios of the median times</h2>"
             yield _table(["artifact", "baseline", "ratio", "interval", "confidence"], rows, numbers={2, 3, 4})
-            bundles = "".join(f"<li>[{number}] {escape(name)}</li>" for number, name in enumerate(document.bundles))
+            bundles = "".join(f"<li>bundle {place}: {escape(name)}</li>" for place, name in enumerate(document.bundles))
             yield f"<ul class='notes soft'>{bundles}</ul>"
             if document.unmatched:
                 yield _notes(document.unmatched)
 
 
-def _latency(named: Sequence[Sequence[tuple[str, Measurement]]], records: Sequence[Record]) -> Iterable[str]:
+def _latency(named: Sequence[Sequence[Named]], records: Sequence[Record]) -> Iterable[str]:
     """All in one plot; more than there are colours in one for each model, role and target."""
     everything = [(record.model, *pair) for record, group in zip(records, named, strict=True) for pair in group]
     known = [(model, name, one, one.latency.samples_ms) for model, name, one in everything if one.latency is not None]
@@ -176,7 +198,7 @@ def _tokens(names: Sequence[Sequence[str]], records: Sequence[Record]) -> Iterab
         yield f"<h2>Tokens by layer</h2><div class=plots>{''.join(dict.fromkeys(plots))}</div>"
 
 
-def _stages(measured: Sequence[tuple[str, Measurement]]) -> Iterable[str]:
+def _stages(measured: Sequence[Named]) -> Iterable[str]:
     rows = [
         [name, stage, *_latency_cells(found)] for name, one in measured for stage, found in (one.stages or {}).items()
     ]
@@ -185,7 +207,7 @@ def _stages(measured: Sequence[tuple[str, Measurement]]) -> Iterable[str]:
         yield _table(["artifact", "stage", *_LATENCY], rows, numbers=set(range(2, 2 + len(_LATENCY))))
 
 
-def _placement(measured: Sequence[tuple[str, Measurement]]) -> Iterable[str]:
+def _placement(measured: Sequence[Named]) -> Iterable[str]:
     rows = [
         (name, list(one.placement.items()), ", ".join(f"{count} on {unit}" for unit, count in one.placement.items()))
         for name, one in measured
@@ -205,31 +227,35 @@ def _latency_cells(found: Latency | None) -> list[str]:
     return [str(found.n), *(svg.number(value) for value in values), "-" if found.cv is None else f"{found.cv:.1%}"]
 
 
-def _figures(measured: Sequence[tuple[str, Measurement]]) -> Iterable[str]:
+def _figures(measured: Sequence[Named]) -> Iterable[str]:
     rows = [
         [
             name,
             *_latency_cells(one.latency),
+            "-" if one.artifact_bytes is None else f"{one.artifact_bytes / 1e6:.2f}",
+            "-" if one.peak_memory_bytes is None else f"{one.peak_memory_bytes / 2**20:.0f}",
+            _known(one.cold_load_ms),
             _known(one.warm_load_ms),
             _known(one.power_watts),
             _known(one.temperature_celsius),
+            one.validity,
         ]
         for name, one in measured
     ]
-    head = ["artifact", *_LATENCY, "warm load ms", "W", "°C"]
+    head = ["artifact", *_LATENCY, "MB on disk", "MiB at most", "cold load ms", "warm load ms", "W", "°C", "validity"]
     yield "<h2>All figures</h2>"
-    yield _table(head, rows, numbers=set(range(1, len(head))))
+    yield _table(head, rows, numbers=set(range(1, len(head) - 1)))
 
 
 def _known(value: float | None) -> str:
     return "-" if value is None else svg.number(value)
 
 
-def _ladder(entries: Sequence[tuple[str, Record]]) -> Iterable[str]:
-    for title, record in entries:
+def _ladder(records: Sequence[Record]) -> Iterable[str]:
+    for title, record in zip(_titles(records), records, strict=True):
         rungs = [*record.verification, *(one.accuracy for one in record.measurements if one.accuracy)]
         if rungs:
-            yield f"<h2>Verification ladder{escape(f': {title}') if len(entries) > 1 else ''}</h2>"
+            yield f"<h2>Verification ladder{escape(f': {title}') if len(records) > 1 else ''}</h2>"
             rows = [_rung(rung) for rung in rungs]
             yield _table(
                 ["step", "against", "error", "relative", "SQNR dB", "cosine", "allowed", ""], rows, {3, 4, 5, 6}, {7}
@@ -267,7 +293,7 @@ def _host(records: Sequence[Record]) -> Iterable[str]:
         yield _table(["what", "value"], rows)
 
 
-def _trust(measured: Sequence[tuple[str, Measurement]], records: Sequence[Record]) -> Iterable[str]:
+def _trust(measured: Sequence[Named], records: Sequence[Record]) -> Iterable[str]:
     notes = [f"{name}: {reason}" for name, one in measured for reason in one.reasons]
     notes += [
         f"{key.replace('_', ' ')} is not known: {why}"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
 WIDTH = 360
-_COLOURS = ("#2f6fde", "#d9622b", "#1a7f4b", "#8a3fb5", "#b3261e", "#0f8b8d", "#a87900", "#5b6675")
-COLOURS = len(_COLOURS)
-"""Series that can be told apart."""
+_COLOURS = (
+    "#2f6fde", "#d9622b", "#1a7f4b", "#8a3fb5", "#b3261e", "#0f8b8d", "#a87900", "#5b6675",
+    "#e377c2", "#7fb84c", "#6b4423", "#22a7f0", "#f2a900", "#3d3d8f",
+)  # fmt: skip
+COLOURS = 8
+"""Series that lines and bars of one plot can have and be told apart."""
+_WIDE = 30
+"""How many times the least cost the most is, from which on a plot counts in powers of ten."""
 _LONGEST = 46
 
 
@@ -45,7 +50,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "") 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers in a range, at most so many and two at least where the range has any width."""
-    if not (math.isfinite(low) and math.isfinite(high)) or high <= low:
+    if not math.isfinite(high - low) or high <= low:
         return [low]
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     while (high - low) / step > most:
@@ -142,22 +147,28 @@ class Point:
 def pareto(points: Sequence[Point], across: str, up: str) -> str:
     """Less cost to the left, better quality on top, the area of a mark as the size; a line joins those that no other beats.
 
-    Of more points than there are colours, those of a kind have the same one, and the legend names those on the line.
+    Of more points than there are colours, those of a kind have the same one, and the legend names those on the line. Costs that
+    are far apart are in powers of ten.
     """
-    x = padded([point.cost for point in points], 52, WIDTH - 16, zero=True)
+    costs = [point.cost for point in points]
+    wide = min(costs) > 0 and math.isfinite(max(costs)) and max(costs) / min(costs) > _WIDE
+    scale: Callable[[float], float] = math.log10 if wide else float
+    x = padded([scale(cost) for cost in costs], 52, WIDTH - 16, zero=not wide)
     y = padded([point.quality for point in points], 190, 28, least=0.02)
     largest = max((point.size or 0 for point in points), default=0)
     parts = []
     for value in ticks(x.low, x.high):
+        if wide and not value.is_integer():
+            continue
         parts.append(f'<path d="M{x.at(value):.1f} 22V194" class="line"/>')
-        parts.append(_text(x.at(value), 208, number(value), "middle", "soft"))
+        parts.append(_text(x.at(value), 208, number(float(f"1e{value:.0f}") if wide else value), "middle", "soft"))
     for value in ticks(y.low, y.high, 4):
         parts.append(f'<path d="M48 {y.at(value):.1f}H{WIDTH - 8}" class="line"/>')
         parts.append(_text(45, y.at(value) + 4, f"{value:.4g}", "end", "soft"))
     best = front(points)
     many = len(points) > COLOURS
     keys = list(dict.fromkeys(point.kind if many else point.name for point in points))
-    line = " ".join(f"{x.at(point.cost):.1f},{y.at(point.quality):.1f}" for point in best)
+    line = " ".join(f"{x.at(scale(point.cost)):.1f},{y.at(point.quality):.1f}" for point in best)
     parts.append(f'<polyline points="{line}" class="front"/>')
     for index, point in enumerate(points):
         index = keys.index(point.kind) if many else index
@@ -165,7 +176,7 @@ def pareto(points: Sequence[Point], across: str, up: str) -> str:
         size = "" if point.size is None else f", {point.size / 1e6:.2f} MB"
         title = f"{point.name}: {number(point.cost)}, {point.quality:.4g}{size}"
         parts.append(
-            f'<circle cx="{x.at(point.cost):.1f}" cy="{y.at(point.quality):.1f}" r="{radius:.1f}" fill="{colour(index)}" '
+            f'<circle cx="{x.at(scale(point.cost)):.1f}" cy="{y.at(point.quality):.1f}" r="{radius:.1f}" fill="{colour(index)}" '
             f'fill-opacity=".75"><title>{escape(title)}</title></circle>'
         )
     parts.append(_text(WIDTH - 8, 226, across, "end", "soft"))
