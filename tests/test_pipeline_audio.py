@@ -49,12 +49,19 @@ def test_the_encoder_and_the_seam_are_found(name: str) -> None:
     settled = AUDIO.settled(model, features, example)
     seam, rung = learn(AUDIO, model, features, settled, 12, 0)
     assert rung.passed and seam.rule == "causal" and seam.dense
-    assert seam.advance == {"qwen2-audio": 20, "audioflamingo3": 20, "voxtral": 25, "glmasr": 10}[name]
+    assert seam.advance == {"qwen2-audio": 20, "audioflamingo3": 20, "voxtral": 25, "glmasr": 10, "granite-speech": 50}[name]
     program = capture(AudioEncoder(model, settled), (features,))
     other = noise(*features.shape, seed=9)
     with torch.no_grad():
         wanted = AudioEncoder(model, settled)(other)["audio"]
         torch.testing.assert_close(program.module()(other)["audio"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_is_given_where_the_model_wants_one() -> None:
+    for name, mask in (("qwen2-audio", "feature_attention_mask"), ("granite-speech", None)):
+        model, example = make(name)
+        made = AUDIO.settled(model, example["input_features"], {})
+        assert list(made) == ([mask] if mask else []) and all(bool(one.all()) for one in made.values())
 
 
 def test_uncompressed_equals_the_model(plain: edgewise.Bundle) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from edgewise.errors import InputError
 from edgewise.runtime.audio import read_audio, resample
 from edgewise.runtime.generate import Generation
-from edgewise.runtime.mel import log_mel
+from edgewise.runtime.mel import check_extractor, log_mel
 from edgewise.runtime.pipeline import OnText
 from edgewise.runtime.sampling import Sampling
 from edgewise.runtime.vision_language import MediaLanguage
@@ -86,6 +86,7 @@ class AudioLanguage(MediaLanguage):
             raise InputError("several recordings are given, and the prompt has one placeholder: give one recording")
         if len(shape) != 3 or shape[0] != 1:
             raise InputError(f"the model takes recordings as {list(shape)}, which is not made of a file here: give the array")
+        check_extractor(about)
         most = int(self.description.settings["frames"]) * hop
         if len(wave) > most:
             raise InputError(

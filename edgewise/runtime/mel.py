@@ -24,9 +24,7 @@ def log_mel(wave: np.ndarray, bins: int, frames: int, preprocessing: Mapping[str
     `preprocessing` are the constants of the model's processor (`n_fft`, `hop_length`, `sampling_rate`, `padding_value`). Raises
     InputError for a waveform that is longer, and for a processor that makes other features.
     """
-    kind = preprocessing.get("feature_extractor_type", EXTRACTOR)
-    if kind != EXTRACTOR:
-        raise InputError(f"the model's features are made by {kind}, and only those of {EXTRACTOR} are known here")
+    check_extractor(preprocessing)
     size, hop = int(preprocessing.get("n_fft", 400)), int(preprocessing.get("hop_length", 160))
     rate = int(preprocessing.get("sampling_rate", 16000))
     room = frames * hop - len(wave)
@@ -39,6 +37,13 @@ def log_mel(wave: np.ndarray, bins: int, frames: int, preprocessing: Mapping[str
     power = np.abs(np.fft.rfft(windows * hann, axis=1)) ** 2
     bands = np.log10(np.maximum(power @ mel_filters(size // 2 + 1, bins, rate), _FLOOR)).T
     return ((np.maximum(bands, bands.max() - _RANGE) + 4) / 4).astype(np.float32)[None]
+
+
+def check_extractor(preprocessing: Mapping[str, Any]) -> None:
+    """Raise InputError for a processor that makes other features."""
+    kind = preprocessing.get("feature_extractor_type", EXTRACTOR)
+    if kind != EXTRACTOR:
+        raise InputError(f"the model's features are made by {kind}, and only those of {EXTRACTOR} are known here")
 
 
 @lru_cache(maxsize=4)

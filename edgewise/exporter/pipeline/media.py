@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from edgewise.errors import InputError
+from edgewise.exporter.capture import evaluating, quiet
 from edgewise.exporter.pipeline.settle import Noted, Settle, is_traced
 from edgewise.exporter.pipeline.vision_language import AudioPrefill, Prefill, VideoEncoder, VisionEncoder, placed
 from edgewise.runtime.mel import DEFAULTS
@@ -61,13 +62,23 @@ def _with_mask(model: nn.Module, features: Tensor, given: dict[str, Any]) -> dic
     """With a mask of frames where the model wants one: a shorter one is filled up with frames that are not real, and without one
     all are real."""
     name = frame_mask(model)
-    if name is None:
+    if name is None or (name not in given and _encodes(model, features, given)):
         return given
     frames = features.shape[-1]
     mask = given.get(name, torch.ones(features.shape[0], frames, dtype=torch.int64))
     if mask.ndim != 2 or mask.shape[0] != len(features) or mask.shape[1] > frames or not mask.any():
         raise InputError(f"{name} has shape {list(mask.shape)}: give ones for the real frames, up to {[len(features), frames]}")
     return {**given, name: nn.functional.pad(mask, (0, frames - mask.shape[1]))}
+
+
+def _encodes(model: nn.Module, features: Tensor, given: Mapping[str, Any]) -> bool:
+    """Whether a model does without the mask that it could be given."""
+    try:
+        with evaluating(model), quiet():
+            AudioEncoder(model, given)(features)
+    except Exception:  # what else is wrong with the features shows when all frames are said to be real
+        return False
+    return True
 
 
 def _frames(model: nn.Module, features: Tensor, settled: Mapping[str, Any]) -> dict[str, Any]:
