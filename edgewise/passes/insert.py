@@ -386,7 +386,7 @@ class _Insertion:
             operands[f"weights.{name}"] = self.editor.add_constant(tensor, name)
         if step.tail:
             operands["order"] = self._order(len(self.levels) - 1, len(level.kept))
-        if "first" in needs:
+        if "embeddings" in needs:
             operands["first"] = self.by_name[self.stream.root.name]
         crossed: list[fx.Node] = []
         if {"attention", "keys", "queries"} & set(needs):

@@ -44,7 +44,7 @@ def _pyramiddrop(t: Tokens, keep: int, **_: Any) -> Reduced:
 
 @method(
     name="sparsevlm", summary="Drop the visual tokens that the text tokens which look at the image attend to least, in stages.",
-    mechanism="attention", modalities=("image", "video"), sites=("decoder",), needs=("attention", "first"),
+    mechanism="attention", modalities=("image", "video"), sites=("decoder",), needs=("attention", "embeddings"),
     paper="SparseVLM (ICML 2025), arXiv 2410.04417",
     limits="Counts are fixed, as in the released code. The raters (text tokens more relevant than the average, as the decoder is "
            "given them) are weights of zero and one, so that their number may differ from input to input. Dropped tokens are not "
