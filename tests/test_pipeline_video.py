@@ -1,7 +1,9 @@
-"""Vision-language models that answer about a video. `benchmarks/vlm_families.py --video` exports all families of these."""
+"""Vision-language models that answer about a video, and those that take pixels as patches. `benchmarks/vlm_families.py --video`
+exports all families that take videos."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import av
@@ -11,13 +13,15 @@ import torch
 from conftest import Cli
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from vlm_families import VIDEOS, make_video, noise
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from vlm_families import VIDEOS, make, make_video, noise
 from vlm_reference import VIDEO, greedy_of_several, save_llava
 
 import edgewise
 from edgewise.errors import InputError
 from edgewise.exporter.capture import capture
 from edgewise.exporter.pipeline import media
+from edgewise.exporter.pipeline.patches import patched, with_grid
 from edgewise.exporter.pipeline.seam import learn
 from edgewise.exporter.pipeline.vision_language import VideoEncoder
 
@@ -84,3 +88,38 @@ def test_a_file_is_answered_as_the_model_does(cli: Cli, tmp_path: Path) -> None:
             pipeline.generate(input_ids=[1, 2], video=shown)
     wrong = cli("export", folder, *asked, "--images", 2, "--target", "openvino", "-o", tmp_path / "c")
     assert wrong.code == 2 and "one video in a prompt" in " ".join(wrong.err.split())
+
+
+def test_patches_of_a_video() -> None:
+    """As the processor of this family writes them: pairs of frames, groups of four patches one behind the other."""
+    model, _ = make("qwen2-vl")
+    x = noise(2, 4, 3, 16, 24)
+    grid = with_grid(model, x, {}, "video_grid_thw")["video_grid_thw"]
+    assert grid.tolist() == [[2, 4, 6]] * 2
+    whole = x.reshape(2, 2, 2, 3, 2, 2, 4, 3, 2, 4).permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(-1, 3 * 2 * 16)
+    assert torch.equal(patched(model, x), whole)
+    assert patched(model, whole) is whole and with_grid(model, whole, {}, "video_grid_thw") == {}
+    for shape in ((1, 3, 3, 16, 24), (1, 4, 3, 16, 20)):
+        with pytest.raises(InputError, match="groups of patches of 8 x 8 pixels, and videos into 2 frames"):
+            with_grid(model, noise(*shape), {}, "video_grid_thw")
+
+
+def test_image_files_of_a_model_that_takes_patches(cli: Cli, tmp_path: Path) -> None:
+    folder, out = tmp_path / "model", tmp_path / "b"
+    folder.mkdir()
+    model = save_llava(folder, make("qwen2.5-vl")[0])
+    sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 4096}}
+    about = {"image_processor_type": "Qwen2VLImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3, **sizes}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 48, 3), dtype=np.uint8)) for i in range(2)]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    asked = ["--images", 2, "--prompt-tokens", 12, "--new-tokens", 32, "--target", "openvino", "-o", out]
+    wrong = cli("export", folder, *asked)
+    assert wrong.code == 2 and "--input-shapes pixel_values" in " ".join(wrong.err.split())
+    assert cli("export", folder, "--input-shapes", "pixel_values=2x3x32x48", *asked).code == 0
+    given = ["--image", tmp_path / "0.png", "--image", tmp_path / "1.png", "--prompt", "w7 <image> is <image> this w9"]
+    made = cli("run", out, *given, "--json", "--quiet").document["ids"]
+    pixels = Qwen2VLImageProcessorPil(**about)(pictures, return_tensors="pt")
+    texts = [[7], [5], [6, 9]]
+    assert made == greedy_of_several(model, pixels.pop("pixel_values"), texts, 24, 32, **pixels) and len(set(made)) > 8

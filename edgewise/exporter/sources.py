@@ -324,7 +324,7 @@ def _processor_size(preprocessing: Mapping[str, Any]) -> Any:
     if isinstance(size, Mapping):
         if "height" in size:
             return (size["height"], size["width"])
-        return size.get("shortest_edge")
+        return None if "longest_edge" in size else size.get("shortest_edge")  # two are limits
     return size
 
 

@@ -52,7 +52,8 @@ def fitted(picture: Image.Image, size: tuple[int, ...], preprocessing: Mapping[s
     kind = Image.Resampling(int(preprocessing.get("resample", Image.Resampling.BICUBIC)))
     given = preprocessing.get("size")
     crop = preprocessing.get("crop_size")
-    edge = given.get("shortest_edge") if isinstance(given, Mapping) else None
+    # With a longest edge too, these are limits, and nothing is cut off.
+    edge = given.get("shortest_edge") if isinstance(given, Mapping) and "longest_edge" not in given else None
     cropped = preprocessing.get("do_center_crop", crop is not None)
     if not cropped and edge is None:
         return picture.resize((width, height), kind)

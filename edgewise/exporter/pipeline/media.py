@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from edgewise.errors import InputError
 from edgewise.exporter.capture import evaluating, quiet
+from edgewise.exporter.pipeline.patches import with_grid
 from edgewise.exporter.pipeline.settle import Noted, Settle, is_traced
 from edgewise.exporter.pipeline.vision_language import AudioPrefill, Prefill, VideoEncoder, VisionEncoder, placed
 from edgewise.runtime.mel import DEFAULTS
@@ -179,7 +180,7 @@ IMAGE = Media(
     ids=("image_token_id", "image_token_index"),
     encoder=VisionEncoder,
     prefill=Prefill,
-    settled=lambda model, example, given: given,
+    settled=lambda model, example, given: with_grid(model, example, given, "image_grid_thw"),
     settings=lambda model, example, settled: {},
     constants=lambda example: {},
 )
@@ -190,6 +191,7 @@ VIDEO = replace(
     chat="video",
     ids=("video_token_id", "video_token_index"),
     encoder=VideoEncoder,
+    settled=lambda model, example, given: with_grid(model, example, given, "video_grid_thw"),
     mark=2,
 )
 AUDIO = Media(

@@ -22,6 +22,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from edgewise.errors import InputError
 from edgewise.exporter.capture import evaluating, quiet
 from edgewise.exporter.pipeline.media import Media
+from edgewise.exporter.pipeline.patches import patched
 from edgewise.exporter.pipeline.vision_language import RULES, Decode, Rule
 from edgewise.runtime.places import placed
 from edgewise.verify.ladder import Rung, judge
@@ -126,7 +127,7 @@ def learn(
     with evaluating(model), quiet():
         tokens = _first_run(media, model, example, settled, items)
         ids = prompt.whole(token, tokens.shape[1])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), media.argument: example, **settled}
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), media.argument: patched(model, example), **settled}
         inputs |= token_types(model, ids == token, media.mark)
         seen = _decoder_inputs(model, inputs)
         seam = _positions(seen.get("position_ids"), prompt, tokens.shape[1])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edgewise.errors import InputError
 from edgewise.exporter.pipeline.decoder import GivenCache, explicit_attention
+from edgewise.exporter.pipeline.patches import patched
 from edgewise.exporter.pipeline.settle import Noted, Settle, is_traced
 
 Rule = Literal["causal", "media", "prompt"]
@@ -50,6 +51,7 @@ class VisionEncoder(nn.Module):
 
     def _encoded(self, features_of: Any, **given: Tensor) -> dict[str, Tensor]:
         with Settle(self._noted, tracing=any(map(is_traced, given.values()))):
+            given = {name: patched(self.model, value) for name, value in given.items()}
             features = features_of(**given, **self.settled, return_dict=True).pooler_output
         if isinstance(features, (list, tuple)):
             alike = all(one.shape == features[0].shape for one in features)
