@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from vlm_families import FAMILIES, make, noise
+from vlm_families import FAMILIES, hunyuan_vl, make, noise
 from vlm_pruned import check_compressed
 from vlm_reference import IMAGE, greedy
 
@@ -140,6 +140,14 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     model.model.language_model.norm = More(model.model.language_model.norm)
     with pytest.raises(InputError, match="cannot be split"):
         edgewise.export(model, tmp_path / "b", example=example, prompt_tokens=10, new_tokens=4)
+
+
+def test_images_at_absolute_places_are_refused(tmp_path: Path) -> None:
+    """Places learned of one prompt would be wrong for every other length of text in front."""
+    model, example = hunyuan_vl()
+    with pytest.raises(InputError, match=r"HunYuanVL.*by absolute places, which do not move with the text"):
+        edgewise.export(model, tmp_path / "b", example=example, prompt_tokens=10, new_tokens=4)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_window_shorter_than_the_text_is_refused(tmp_path: Path) -> None:

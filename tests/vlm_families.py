@@ -138,6 +138,19 @@ def _qwen2_5_vl() -> Family:
     return model, _patches()
 
 
+def hunyuan_vl() -> Family:
+    """Of a kind that no pipeline takes: an image's tokens have places that do not move with text. Its patches lie row by row."""
+    from transformers.models.hunyuan_vl.configuration_hunyuan_vl import HunYuanVLTextConfig, HunYuanVLVisionConfig
+
+    text = text_config(HunYuanVLTextConfig, head_dim=12, rope_parameters=ROPE)
+    vision = vision_config(HunYuanVLVisionConfig, patch_size=4, out_hidden_size=48, text_hidden_size=48)
+    marks = {"image_token_id": IMAGE, "im_start_id": 97, "im_end_id": 96, "im_newline_id": 95}
+    config = hf.HunYuanVLConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), **marks)
+    torch.manual_seed(0)
+    model = hf.HunYuanVLForConditionalGeneration(config).eval()
+    return model, {"pixel_values": noise(24, 3 * 16), "image_grid_thw": torch.tensor([[1, 4, 6]])}
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
     "llava": _llava,
     "llava-next": _llava_next,

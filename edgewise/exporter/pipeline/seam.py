@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +118,8 @@ def learn(
     """Run the whole model, on a prompt with so many `items` of media, and find the seam under which the components give the same;
     and the rung that says how closely.
 
-    Raises InputError where none does: the model is of a kind that this pipeline does not know.
+    Raises InputError where none does, or it differs from text to text: the model is of a kind that this pipeline does not know. So
+    it does where the model fails on the example.
     """
     token = media.placeholder(model)
     assert token is not None
@@ -125,20 +127,34 @@ def learn(
     bucket = max(bucket, words)
     prompt = random_prompt(model, token, items, bucket, words, seed)
     with evaluating(model), quiet():
-        tokens = _first_run(media, model, example, settled, items)
-        ids = prompt.whole(token, tokens.shape[1])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), media.argument: patched(model, example), **settled}
-        inputs |= token_types(model, ids == token, media.mark)
-        seen = _decoder_inputs(model, inputs)
-        seam = _positions(seen.get("position_ids"), prompt, tokens.shape[1])
-        made = model.generate(  # type: ignore[operator]
-            **inputs,
-            max_new_tokens=_STEPS,
-            min_new_tokens=_STEPS,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
+        with _saying(f"{type(model).__name__} cannot encode {media.argument} of shape {list(example.shape)}"):
+            tokens = media.encoder(model, settled, None, items)(example)[media.tokens]
+        count = tokens.shape[1]
+
+        def inputs_of(one: Prompt) -> dict[str, Any]:
+            ids = one.whole(token, count)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), media.argument: patched(model, example), **settled}
+            return inputs | token_types(model, ids == token, media.mark)
+
+        # The same media behind and between other lengths of text: two more tokens in front of each.
+        longer = random_prompt(model, token, items, words + 2 * (items + 2), words + 2 * (items + 2), seed)
+        with _saying(f"{type(model).__name__} fails on a prompt with its {media.noun}, as tokens of text and {count} placeholders"):
+            seam, moved = (
+                _positions(_decoder_inputs(model, inputs_of(one)).get("position_ids"), one, count) for one in (prompt, longer)
+            )
+            if (seam.offsets != moved.offsets).any() or seam.advance != moved.advance or (seam.offsets < 0).any():
+                raise InputError(
+                    f"{type(model).__name__} numbers the tokens of its {media.noun} by absolute places, which do not move with the "
+                    "text in front of them, and a bundle is for any text: export its components one by one"
+                )
+            made = model.generate(  # type: ignore[operator]
+                **inputs_of(prompt),
+                max_new_tokens=_STEPS,
+                min_new_tokens=_STEPS,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
         wanted = torch.cat(list(made.logits)).float().numpy()
         text = made.sequences[0, -_STEPS:].tolist()
         rungs = []
@@ -158,14 +174,15 @@ def learn(
     )
 
 
-def _first_run(media: Media, model: nn.Module, example: Tensor, settled: Mapping[str, Any], items: int) -> Tensor:
+@contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Whatever a model raises in here is an InputError that begins with `what`."""
     try:
-        return media.encoder(model, settled, None, items)(example)[media.tokens]  # type: ignore[no-any-return]
+        yield
     except InputError:
         raise
     except Exception as error:
-        name = type(model).__name__
-        raise InputError(f"{name} cannot encode {media.argument} of shape {list(example.shape)}: {error}") from error
+        raise InputError(f"{what}: {error}") from error
 
 
 def token_types(model: nn.Module, image: Tensor, mark: int = 1) -> dict[str, Tensor]:
