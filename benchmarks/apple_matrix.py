@@ -38,6 +38,7 @@ import edgewise
 from edgewise import targets
 from edgewise.errors import EdgewiseError
 from edgewise.exporter.half import rounded
+from edgewise.exporter.identity import code_digest
 from edgewise.passes.legalise import Legalise
 from edgewise.verify import compare
 from edgewise.verify.bundle import SAME_CHOICES
@@ -131,10 +132,14 @@ def rows(given: argparse.Namespace) -> Iterator[tuple[Make, str, str]]:
 
 
 def logged(path: Path | None) -> dict[str, dict[str, Any]]:
-    """Rows that were done before, by what they are of; the last one of each."""
+    """Rows that were done before, by what they are of; the last one of each. A row that a run left half-written was not done."""
     if path is None or not path.exists():
         return {}
-    return {row["of"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
+    text = path.read_text("utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, "utf-8")  # the next row begins a line
+    return {row["of"]: row for row in map(json.loads, whole.splitlines())}
 
 
 def measured(make: Make, name: str, spec: str, precision: str, chosen: list[str], real: bool) -> tuple[list[str], bool]:
@@ -171,7 +176,7 @@ def main() -> int:
     done = bad = 0
     for make, name, spec in rows(given):
         for precision in given.precision or PRECISIONS:
-            of = " ".join([make.__name__, name, spec, precision, *chosen, *["real"] * given.real])
+            of = " ".join([make.__name__, name, spec, precision, *chosen, *["real"] * given.real, code_digest()[:12]])
             row = known.get(of)
             if row is None or row["failed"]:
                 try:

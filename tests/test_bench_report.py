@@ -118,6 +118,8 @@ def test_a_page_of_several_records(compared: Comparison, record: Record) -> None
     # All three are of one model and one compression: nothing but their number tells them apart.
     title = f"{' '.join(record.compress) or 'uncompressed'}: {record.measurements[0].artifact}"
     assert all(f"#{number} {title}" in words for number in range(3)) and "#3 " not in words
+    own = " ".join(record.compress) or "uncompressed"
+    assert all(f"bundle {place}, #{place} {own}: {name}" in words for place, name in enumerate(compared.bundles))
     assert all(f"{one.ratio:.3f}" in words for one in compared.ratios)
 
 

@@ -78,6 +78,7 @@ KEYWORDS: dict[str, Expression] = {
     "sdpa grouped": lambda x: F.scaled_dot_product_attention(heads(x), heads(x)[:, :2], heads(x)[:, :2], enable_gqa=True),
     "clamp max": lambda x: x.clamp(max=0.2),
     "clamp whole": lambda x: x.clamp(-1, 1),
+    "clamp of whole numbers": lambda x: (9 * x).to(torch.int64).clamp(0.5, float("inf")),
     "hardtanh": lambda x: F.hardtanh(x, -0.3, 0.7),
     "leaky_relu": lambda x: F.leaky_relu(x, negative_slope=0.3),
     "elu alpha": lambda x: F.elu(x, alpha=0.7),

@@ -17,6 +17,7 @@ from vlm_reference import IMAGE, Compressed, Compression, greedy, greedy_of_seve
 
 import edgewise
 from edgewise.errors import InputError
+from edgewise.runtime.places import items_axis
 
 TARGETS = ("openvino", "onnxruntime")
 EVERY = (*TARGETS, "tensorrt", "coreml", "coreml-ios18")
@@ -198,3 +199,10 @@ def test_several_images_between_the_text(cli: Cli, tmp_path: Path) -> None:
     ):
         wrong = cli("run", out, *given)
         assert wrong.code == 2 and re.search(message, " ".join(wrong.err.split()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "items", "axis"), [((1, 3, 24, 24), 3, 0), ((3, 3, 24, 24), 3, 0), ((1, 3, 3, 24, 24), 3, 1), ((64, 1176), 4, 0)]
+)
+def test_colours_are_no_images(shape: tuple[int, ...], items: int, axis: int) -> None:
+    assert items_axis(shape, items) == axis

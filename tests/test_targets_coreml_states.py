@@ -198,6 +198,12 @@ def test_caches_are_written_at_their_slots(precision: str, tmp_path: Path) -> No
             session.run({**feeds, "past_b": np.zeros((1, 2, 5, 4), np.float32)})
         with pytest.raises(InputError, match="state 'past_a' has dtype float64 and must be float32"):
             session.run({**feeds, "past_a": np.zeros((1, 2, 6, 4))})
+        with pytest.raises(InputError, match="'x' has shape"):
+            session.run({**feeds, "x": x[:, :1], "past_a": np.ones((1, 2, 6, 4), np.float32)})
+        unchanged = session.run({**feeds, "past_b": np.zeros((1, 2, 4, 4), np.float32)})["out"]
+        session.reset()
+        session.run(feeds)
+        np.testing.assert_array_equal(unchanged, session.run({**feeds, "past_b": np.zeros((1, 2, 4, 4), np.float32)})["out"])
 
 
 @pytest.mark.parametrize(

@@ -324,7 +324,8 @@ def _processor_size(preprocessing: Mapping[str, Any]) -> Any:
     if isinstance(size, Mapping):
         if "height" in size:
             return (size["height"], size["width"])
-        return None if "longest_edge" in size else size.get("shortest_edge")  # two are limits
+        # Of processors that cut patches and merge them, the edges are limits of an area.
+        return None if "merge_size" in preprocessing else size.get("shortest_edge")
     return size
 
 

@@ -51,6 +51,6 @@ def placed(
 
 
 def items_axis(shape: Sequence[int], items: int) -> int:
-    """Along which axis of an input of this shape several images are put one behind the other: the first that is not the batch of
-    one prompt."""
-    return 1 if items > 1 and shape[0] == 1 and len(shape) > 1 else 0
+    """Along which axis of an input of this shape several images are put one behind the other: the first, or behind the batch of one
+    prompt, which there is only in front of images (images, channels, height, width)."""
+    return 1 if items > 1 and shape[0] == 1 and len(shape) > 4 else 0

@@ -115,7 +115,7 @@ class Session(ABC):
         `feeds` holds one array for each input, of its exact shape and dtype, and may hold those of states. Gives the outputs by
         name, in order; the arrays are the caller's. Raises `InputError` if a name, shape or dtype is wrong, before anything runs.
         """
-        return self._run(self._checked(self._keep(feeds)))
+        return self._run(self._taken(feeds))
 
     def run_anew(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """`run` after `reset`."""
@@ -131,17 +131,18 @@ class Session(ABC):
 
         Raises InputError as `run` does.
         """
-        checked = self._checked(self._keep(feeds))
+        checked = self._taken(feeds)
         return lambda: self._run(checked)
 
-    def _keep(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """Write what is fed to states; gives the rest."""
+    def _taken(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inputs, checked. What is fed to states is written once all that is fed is known to be right."""
         if not self.kept:
-            return feeds
+            return self._checked(feeds)
         given = {info.name: _checked_array(info, feeds[info.name], "state") for info in self.kept if info.name in feeds}
+        checked = self._checked({name: array for name, array in feeds.items() if name not in given})
         if given:
             self._write(given)
-        return {name: array for name, array in feeds.items() if name not in given}
+        return checked
 
     def _write(self, states: dict[str, np.ndarray]) -> None:
         """Write checked arrays to states. A session with states has its own."""

@@ -48,7 +48,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def page(documents: Sequence[Record | Comparison], scores: Scores | None = None) -> str:
     """The page of these records and comparisons, as HTML. `scores`: accuracy on labelled data."""
     records = [record for document in documents for record in _records(document)]
-    names = _names(records)
+    titles = _titles(records)
+    names = _names(records, titles)
     named = [list(zip(group, record.measurements, strict=True)) for record, group in zip(records, names, strict=True)]
     measured = [one for group in named for one in group]
     models = list(dict.fromkeys(record.model for record in records))
@@ -56,12 +57,12 @@ def page(documents: Sequence[Record | Comparison], scores: Scores | None = None)
     body += [
         *tradeoff(named, records, scores or {}),
         *_latency(named, records),
-        *_ratios(documents, names),
+        *_ratios(documents, names, titles),
         *_tokens(names, records),
         *_stages(measured),
         *_placement(measured),
     ]
-    body += [*_figures(measured), *_ladder(records), *_host(records), *_trust(measured, records)]
+    body += [*_figures(measured), *_ladder(records, titles), *_host(records), *_trust(measured, records)]
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -77,25 +78,24 @@ def _records(document: Record | Comparison) -> Sequence[Record]:
 
 
 def _titles(records: Sequence[Record]) -> list[str]:
-    """What tells records apart: the compression, and of several models the model."""
+    """What tells records apart: the compression, of several models the model, and its number where an artifact would still have
+    the name of another's."""
     several = len({record.model for record in records}) > 1
-    return [
+    plain = [
         ", ".join([*([record.model] if several else []), " ".join(record.compress) or "uncompressed"]) for record in records
     ]
+    counts = Counter((title, one.artifact) for title, record in zip(plain, records, strict=True) for one in record.measurements)
+    return [
+        f"#{number} {title}" if any(counts[title, one.artifact] > 1 for one in record.measurements) else title
+        for number, (title, record) in enumerate(zip(plain, records, strict=True))
+    ]
 
 
-def _names(records: Sequence[Record]) -> list[list[str]]:
-    """A name for every measurement: the artifact's, and with several records what tells these apart, with its number where
-    nothing else does."""
+def _names(records: Sequence[Record], titles: Sequence[str]) -> list[list[str]]:
+    """A name for every measurement: the artifact's, and with several records their title."""
     if len(records) == 1:
         return [[one.artifact for one in records[0].measurements]]
-    names = [
-        [f"{title}: {one.artifact}" for one in record.measurements] for title, record in zip(_titles(records), records, strict=True)
-    ]
-    counts = Counter(name for group in names for name in group)
-    return [
-        [name if counts[name] == 1 else f"#{number} {name}" for name in group] for number, group in enumerate(names)
-    ]
+    return [[f"{title}: {one.artifact}" for one in record.measurements] for title, record in zip(titles, records, strict=True)]
 
 
 def _sub(records: Sequence[Record]) -> str:
@@ -145,12 +145,15 @@ def _speed(value: float | None, interval: Interval | None) -> str | None:
     return told if interval is None else f"{told} ({interval.low:.2f} to {interval.high:.2f})"
 
 
-def _ratios(documents: Sequence[Record | Comparison], names: Sequence[Sequence[str]]) -> Iterable[str]:
-    """`names`: of the measurements of every record of the documents, in their order."""
+def _ratios(
+    documents: Sequence[Record | Comparison], names: Sequence[Sequence[str]], titles: Sequence[str]
+) -> Iterable[str]:
+    """`names`: of the measurements of every record of the documents, in their order; `titles`: of these records."""
     number = 0
     for document in documents:
-        own = names[number : number + len(_records(document))]
-        number += len(own)
+        end = number + len(_records(document))
+        own, called = names[number:end], titles[number:end]
+        number = end
         if isinstance(document, Comparison):
             known = {
                 (place, one.artifact): name
@@ -164,7 +167,10 @@ def _ratios(documents: Sequence[Record | Comparison], names: Sequence[Sequence[s
             ]  # fmt: skip
             yield "<h2>Ratios of the median times</h2>"
             yield _table(["artifact", "baseline", "ratio", "interval", "confidence"], rows, numbers={2, 3, 4})
-            bundles = "".join(f"<li>bundle {place}: {escape(name)}</li>" for place, name in enumerate(document.bundles))
+            bundles = "".join(
+                f"<li>bundle {place}, {escape(title)}: {escape(name)}</li>"
+                for place, (title, name) in enumerate(zip(called, document.bundles, strict=True))
+            )
             yield f"<ul class='notes soft'>{bundles}</ul>"
             if document.unmatched:
                 yield _notes(document.unmatched)
@@ -251,8 +257,8 @@ def _known(value: float | None) -> str:
     return "-" if value is None else svg.number(value)
 
 
-def _ladder(records: Sequence[Record]) -> Iterable[str]:
-    for title, record in zip(_titles(records), records, strict=True):
+def _ladder(records: Sequence[Record], titles: Sequence[str]) -> Iterable[str]:
+    for title, record in zip(titles, records, strict=True):
         rungs = [*record.verification, *(one.accuracy for one in record.measurements if one.accuracy)]
         if rungs:
             yield f"<h2>Verification ladder{escape(f': {title}') if len(records) > 1 else ''}</h2>"

@@ -264,7 +264,8 @@ def _bounded(op: Any) -> Callable[..., Made]:
 
 def _clamp(value: Node, least: Any, most: Any) -> Made:
     """Bounds of whole numbers: the frontend has a clamp of floating-point numbers only, and gives such numbers back."""
-    if value.meta["val"].is_floating_point():
+    # A bound that is no whole number, an infinite one included, makes floating-point numbers of all, as the frontend does.
+    if value.meta["val"].is_floating_point() or any(isinstance(bound, float) for bound in (least, most)):
         return None
 
     def bounded(x: Tensor) -> Tensor:

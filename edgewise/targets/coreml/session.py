@@ -253,7 +253,7 @@ class CoreMLSession(Session):
 
     def run(self, feeds: Mapping[str, np.ndarray], *, watch: Watch | None = None) -> dict[str, np.ndarray]:
         """Run once, see `Session.run`; `watch` as for `InterpreterSession.run`."""
-        return self._compute(self._checked(self._keep(feeds)), watch)
+        return self._compute(self._taken(feeds), watch)
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self._compute(feeds, None)

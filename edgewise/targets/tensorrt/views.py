@@ -89,8 +89,13 @@ def _parts_in_shape(node: ir.Node, shape: Shape) -> list[tuple[ir.Value, Shape]]
     place = _place(known, axis, shape) if known is not None else None
     if place is None:
         return []
-    sizes = [(part, static_shape(part)) for part in node.inputs if part is not None]
-    return [(part, (*shape[:place], size[axis], *shape[place + 1 :])) for part, size in sizes if size is not None]
+    found = []
+    for part in node.inputs:
+        size = static_shape(part)
+        if part is None or size is None:
+            return []
+        found.append((part, (*shape[:place], size[axis], *shape[place + 1 :])))
+    return found
 
 
 def _reduced_to(node: ir.Node, shape: Shape) -> tuple[list[int], int] | None:
