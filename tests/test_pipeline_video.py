@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -13,8 +14,10 @@ import torch
 from conftest import Cli
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from vlm_families import VIDEOS, make, make_video, noise
+from vlm_families import VIDEOS, hunyuan_vl, make, make_video, noise
 from vlm_reference import VIDEO, greedy_of_several, save_llava
 
 import edgewise
@@ -102,6 +105,22 @@ def test_patches_of_a_video() -> None:
     for shape in ((1, 3, 3, 16, 24), (1, 4, 3, 16, 20)):
         with pytest.raises(InputError, match="groups of patches of 8 x 8 pixels, and videos into 2 frames"):
             with_grid(model, noise(*shape), {}, "video_grid_thw")
+
+
+@pytest.mark.parametrize("kind", [Qwen2VLImageProcessorPil, Glm4vImageProcessorPil, Glm46VImageProcessorPil])
+def test_patches_of_an_image(kind: Any) -> None:
+    """Processors whose order is taken for known write these patches; one with the same settings and another order is not taken."""
+    model, _ = make("qwen2-vl")
+    x = noise(1, 3, 16, 24)
+    plain = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), False)
+    made = kind(patch_size=4, temporal_patch_size=2, merge_size=2, **plain)(x[0].numpy(), return_tensors="pt")
+    assert torch.equal(patched(model, x), made["pixel_values"])
+    assert torch.equal(with_grid(model, x, {}, "image_grid_thw")["image_grid_thw"], made["image_grid_thw"])
+    other, example = hunyuan_vl()
+    for given in ({}, {"image_grid_thw": example["image_grid_thw"]}):
+        with pytest.raises(InputError, match=r"HunYuanVL.*takes patches.*\[1, 3, 16, 24\].*patches with image_grid_thw"):
+            with_grid(other, x, given, "image_grid_thw")
+    assert patched(other, x) is x and with_grid(other, example["pixel_values"], given, "image_grid_thw") == given
 
 
 def test_image_files_of_a_model_that_takes_patches(cli: Cli, tmp_path: Path) -> None:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from edgewise.errors import InputError
+
+_PROCESSORS = {"Qwen2VLImageProcessor", "Glm4vImageProcessor", "Glm46VImageProcessor"}
+"""Those that write patches in the order of `patched`. Others with the same sizes in their configuration do not (HunYuan-VL)."""
 
 
 def with_grid(model: nn.Module, pixels: Tensor, given: dict[str, Any], name: str) -> dict[str, Any]:
     """What a model is told of an example: where that is pixels, images `(B, C, H, W)` or videos `(B, T, C, H, W)`, and the model
-    takes patches, the grid of these as `name`. Raises InputError for pixels that do not fall into patches."""
-    if pixels.ndim < 4 or name in given or not _takes_patches(model):
+    takes patches, the grid of these as `name`. Raises InputError for pixels that do not fall into patches, and for those of a model
+    whose patches lie in an order that is not known here."""
+    if pixels.ndim < 4:
+        return given
+    if not _takes_patches(model):
+        if name in inspect.signature(model.forward).parameters and not (name in given and _are_patches(model, pixels)):
+            raise InputError(
+                f"{type(model).__name__} takes patches, and how its processor cuts pixels {list(pixels.shape)} into them is not "
+                f"known here: give what the processor writes, patches with {name}"
+            )
+        return given
+    if name in given:
         return given
     size, frames, merged = _sizes(model)
     count = 1 if pixels.ndim == 4 else pixels.shape[1] // frames
@@ -51,5 +66,17 @@ def _sizes(model: nn.Module) -> tuple[int, int, int]:
 
 
 def _takes_patches(model: nn.Module) -> bool:
-    vision = getattr(model.config, "vision_config", None)
-    return all(hasattr(vision, name) for name in ("patch_size", "temporal_patch_size", "spatial_merge_size"))
+    """Whether the processor that transformers knows for a model cuts pixels as `patched` does, into patches of known sizes."""
+    config: Any = model.config
+    vision = getattr(config, "vision_config", None)
+    if not all(hasattr(vision, name) for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")):
+        return False
+    known = IMAGE_PROCESSOR_MAPPING_NAMES.get(getattr(config, "model_type", None)) or {}
+    return not _PROCESSORS.isdisjoint(known.values())
+
+
+def _are_patches(model: nn.Module, pixels: Tensor) -> bool:
+    """Whether `(..., C, size, size)` is what some processors write of each patch."""
+    config: Any = model.config
+    size = getattr(getattr(config, "vision_config", None), "patch_size", None)
+    return tuple(pixels.shape[-2:]) == (size, size)
