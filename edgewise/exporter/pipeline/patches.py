@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
 
 from edgewise.errors import InputError
 
@@ -71,7 +71,7 @@ def _takes_patches(model: nn.Module) -> bool:
     vision = getattr(config, "vision_config", None)
     if not all(hasattr(vision, name) for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")):
         return False
-    known = IMAGE_PROCESSOR_MAPPING_NAMES.get(getattr(config, "model_type", None)) or {}
+    known = IMAGE_PROCESSOR_MAPPING_NAMES.get(str(getattr(config, "model_type", "")), {})
     return not _PROCESSORS.isdisjoint(known.values())
 
 
