@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from audio_families import make as make_audio
+from tiny_speech import tiny_speech
 from torch import nn
-from vlm_families import FAMILIES, hunyuan_vl, make, noise
+from vlm_families import FAMILIES, hunyuan_vl, make, make_video, noise
 from vlm_pruned import check_compressed
 from vlm_reference import IMAGE, greedy
 
@@ -155,6 +157,23 @@ def test_a_window_shorter_than_the_text_is_refused(tmp_path: Path) -> None:
     model.get_decoder().config.sliding_window = 60
     with pytest.raises(InputError, match=r"attend to 60 tokens at a time.*--prompt-tokens"):
         edgewise.export(model, tmp_path / "b", example=example, prompt_tokens=10, new_tokens=64)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "audio", "speech"])
+def test_a_batch_of_prompts_is_refused(kind: str, tmp_path: Path) -> None:
+    made = {"image": lambda: make("llava"), "video": lambda: make_video("qwen2-vl"), "audio": lambda: make_audio("qwen2-audio")}
+    model, example = made[kind]() if kind in made else (tiny_speech(), {})
+    with pytest.raises(InputError, match=r"answers one prompt at a time: leave --batch 2 out"):
+        edgewise.export(model, tmp_path / "b", example=example, batch=2)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_whole_model_that_fails_is_said_to(tmp_path: Path) -> None:
+    """Its encoder takes two images, and one prompt has no place for the second."""
+    model, example = make("qwen2-vl", 2)
+    with pytest.raises(InputError, match=r"Qwen2VL.*fails on a prompt with its image"):
+        edgewise.export(model, tmp_path / "b", example=example, prompt_tokens=10, new_tokens=4)
     assert not (tmp_path / "b").exists()
 
 

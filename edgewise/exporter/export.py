@@ -181,6 +181,11 @@ def _whole(job: Job, folder: Path) -> Manifest:
 
     for kind in (vision_language, speech):
         if kind.is_pipeline(job.source):
+            if job.recipe.batch > 1:
+                hint = " (several images in a prompt: --images)" if kind is vision_language else ""
+                raise InputError(
+                    f"{job.source.class_name} answers one prompt at a time: leave --batch {job.recipe.batch} out{hint}"
+                )
             if job.recipe.images > 1 and kind is not vision_language:
                 raise InputError(f"{job.source.class_name} takes no images: leave --images out")
             if job.recipe.compress_variants:
