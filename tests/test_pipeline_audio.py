@@ -1,7 +1,7 @@
 """Audio-language models end to end: how recording and text are joined is learned, and what a bundle generates is compared token for
 token.
 
-`benchmarks/vlm_families.py` exports all families to both runtimes, plain and compressed.
+`benchmarks/audio_families.py` exports all families to both runtimes, plain and compressed.
 """
 
 from __future__ import annotations
@@ -62,6 +62,35 @@ def test_a_mask_is_given_where_the_model_wants_one() -> None:
         model, example = make(name)
         made = AUDIO.settled(model, example["input_features"], {})
         assert list(made) == ([mask] if mask else []) and all(bool(one.all()) for one in made.values())
+
+
+def test_constants_are_given_where_the_layout_is_known() -> None:
+    """Features of Granite are (1, frames, bins), which no other name of its configuration tells."""
+    for name in FAMILIES:
+        model, example = make(name)
+        features = example.pop("input_features")
+        constants = AUDIO.constants(model, features)
+        assert constants.get("feature_size") == (None if name == "granite-speech" else BINS), name
+        assert ("frames" in AUDIO.settings(model, features, example, constants)) == bool(constants)
+
+
+def changed(bundle: edgewise.Bundle, preprocessing: dict[str, Any], **settings: Any) -> edgewise.Bundle:
+    about = bundle.manifest.pipeline
+    assert about is not None
+    known = {k: v for k, v in {**about.settings, **settings}.items() if v is not None}
+    update = {"preprocessing": preprocessing, "pipeline": about.model_copy(update={"settings": known})}
+    return edgewise.Bundle(bundle.path, bundle.manifest.model_copy(update=update))
+
+
+def test_without_an_extractor_the_array_alone_is_taken(plain: edgewise.Bundle, pipeline: Any) -> None:
+    features = noise(1, BINS, FRAMES).numpy()
+    wanted = pipeline.generate(input_ids=[1, MARK, 2], audio=features, max_new_tokens=4).ids
+    for known in ({}, {"feature_size": FRAMES}):
+        with edgewise.load(changed(plain, known, frames=None), target="openvino") as loaded:
+            assert loaded.generate(input_ids=[1, MARK, 2], audio=features, max_new_tokens=4).ids == wanted
+            for given in (wave(0.2), "clip.wav", features.swapaxes(1, 2)):
+                with pytest.raises(InputError, match=r"features \[1, 16, 100\].*give the array"):
+                    loaded.generate(input_ids=[1, MARK, 2], audio=given)
 
 
 def test_uncompressed_equals_the_model(plain: edgewise.Bundle) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from edgewise.errors import InputError
 from edgewise.runtime.audio import read_audio, resample
 from edgewise.runtime.generate import Generation
-from edgewise.runtime.mel import check_extractor, log_mel
+from edgewise.runtime.mel import DEFAULTS, check_extractor, log_mel, made_here
 from edgewise.runtime.pipeline import OnText
 from edgewise.runtime.sampling import Sampling
 from edgewise.runtime.vision_language import MediaLanguage
@@ -67,12 +67,20 @@ class AudioLanguage(MediaLanguage):
 
     def _features(self, audio: str | os.PathLike[str] | np.ndarray | None) -> np.ndarray:
         about, shape = self.bundle.manifest.preprocessing, self._input.shape
-        rate, hop = int(about["sampling_rate"]), int(about["hop_length"])
         if audio is None:
             raise InputError("no recording: this model answers questions about one; give --audio FILE (audio=...)")
+        if isinstance(audio, np.ndarray) and audio.dtype.kind not in "biuf":
+            raise InputError(f"the audio is an array of {audio.dtype}, and no numbers")
+        if isinstance(audio, np.ndarray) and audio.shape == shape:
+            return audio.astype(self._input.dtype)  # type: ignore[no-any-return]
+        check_extractor(about)
+        if not made_here(shape, about):
+            raise InputError(
+                f"the model takes recordings as features {list(shape)}, and its bundle does not say how these are made: give the "
+                "array (audio=...), and no file or waveform"
+            )
+        rate, hop = (int(about.get(name, DEFAULTS[name])) for name in ("sampling_rate", "hop_length"))
         if isinstance(audio, np.ndarray):
-            if audio.shape == shape:
-                return audio.astype(self._input.dtype)  # type: ignore[no-any-return]
             if audio.ndim != 1 or not audio.size:
                 raise InputError(
                     f"the audio has shape {audio.shape}: give a waveform (samples,) at {rate} Hz, features {shape}, or a file"
@@ -83,10 +91,8 @@ class AudioLanguage(MediaLanguage):
         elif isinstance(audio, (str, os.PathLike)):
             wave = resample(*read_audio(Path(audio)), rate)
         else:
-            raise InputError("several recordings are given, and the prompt has one placeholder: give one recording")
-        if len(shape) != 3 or shape[0] != 1:
-            raise InputError(f"the model takes recordings as {list(shape)}, which is not made of a file here: give the array")
-        check_extractor(about)
+            many = "several recordings are given, and the prompt has one placeholder: " if isinstance(audio, (list, tuple)) else ""
+            raise InputError(f"{many}give one recording, as a file or an array, and no {type(audio).__name__}")
         most = int(self.description.settings["frames"]) * hop
         if len(wave) > most:
             raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -44,6 +44,13 @@ def check_extractor(preprocessing: Mapping[str, Any]) -> None:
     kind = preprocessing.get("feature_extractor_type", EXTRACTOR)
     if kind != EXTRACTOR:
         raise InputError(f"the model's features are made by {kind}, and only those of {EXTRACTOR} are known here")
+
+
+def made_here(shape: Sequence[int], preprocessing: Mapping[str, Any]) -> bool:
+    """Whether features of a shape are `(1, bins, frames)` as `log_mel` makes them with the constants of a processor. Of the layout
+    only these tell: there are models whose features are `(1, frames, bins)`."""
+    whisper = preprocessing.get("feature_extractor_type", EXTRACTOR) == EXTRACTOR
+    return whisper and len(shape) == 3 and shape[0] == 1 and preprocessing.get("feature_size") == shape[1]
 
 
 @lru_cache(maxsize=4)

@@ -78,7 +78,7 @@ class _Build(Build):
             raise InputError(f"{type(model).__name__} is exported for one {media.noun} in a prompt: leave --images out")
         encoder_specs, decoder_specs = self._divided()
         example, settled = self._example(model)
-        self.job.source.preprocessing = {**media.constants(example), **self.job.source.preprocessing}
+        self.job.source.preprocessing = {**media.constants(model, example), **self.job.source.preprocessing}
         self.job.step("run the whole model")
         seam, rung = learn(media, model, example, settled, bucket, recipe.seed, items)
         anew = next((s for s in decoder_specs if parse_spec(s).method.positions == "dense"), None)
@@ -118,7 +118,7 @@ class _Build(Build):
         text["settings"] = {
             "processor_tokens": whole.count,
             **text.get("settings", {}),
-            **media.settings(model, example, settled),
+            **media.settings(model, example, settled, self.job.source.preprocessing),
         }
         pipeline = Pipeline(
             kind=media.kind,

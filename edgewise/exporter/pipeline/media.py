@@ -19,7 +19,7 @@ from edgewise.exporter.capture import evaluating, quiet
 from edgewise.exporter.pipeline.patches import with_grid
 from edgewise.exporter.pipeline.settle import Noted, Settle, is_traced
 from edgewise.exporter.pipeline.vision_language import AudioPrefill, Prefill, VideoEncoder, VisionEncoder, placed
-from edgewise.runtime.mel import DEFAULTS
+from edgewise.runtime.mel import DEFAULTS, made_here
 
 
 class AudioEncoder(nn.Module):
@@ -82,8 +82,20 @@ def _encodes(model: nn.Module, features: Tensor, given: Mapping[str, Any]) -> bo
     return True
 
 
-def _frames(model: nn.Module, features: Tensor, settled: Mapping[str, Any]) -> dict[str, Any]:
-    """How many frames are real."""
+def _whisper(model: nn.Module, features: Tensor) -> dict[str, Any]:
+    """Whisper's constants, where the configuration says that the features have its layout, `(items, bins, frames)`."""
+    config: Any = model.config
+    parts = (getattr(config, name, None) for name in ("audio_config", "encoder_config"))
+    known = [getattr(part, "num_mel_bins", None) for part in (config, *parts)]
+    return {**DEFAULTS, "feature_size": features.shape[-2]} if features.shape[-2] in known else {}
+
+
+def _frames(
+    model: nn.Module, features: Tensor, settled: Mapping[str, Any], preprocessing: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How many frames are real, where it is known which axis counts these."""
+    if not made_here(features.shape, preprocessing):
+        return {}
     mask = settled.get(frame_mask(model) or "")
     return {"frames": features.shape[-1] if mask is None else int(mask.sum(-1).max())}
 
@@ -146,10 +158,10 @@ class Media:
     prefill: type[Prefill]
     settled: Callable[[nn.Module, Tensor, dict[str, Any]], dict[str, Any]]
     """Of a model, an example and what was given with it: all that the model must be told of the example."""
-    settings: Callable[[nn.Module, Tensor, Mapping[str, Any]], dict[str, Any]]
-    """What the runtime must know of the example: `settings` of the pipeline."""
-    constants: Callable[[Tensor], dict[str, Any]]
-    """Of an example, the constants of a processor, where a model comes without."""
+    settings: Callable[[nn.Module, Tensor, Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    """What the runtime must know of the example, told too of the processor: `settings` of the pipeline."""
+    constants: Callable[[nn.Module, Tensor], dict[str, Any]]
+    """Of a model and an example, the constants of a processor, where a model comes without."""
     mark: int = 1
     """What a processor says of its tokens, where a model asks which are of media, and of which."""
 
@@ -181,8 +193,8 @@ IMAGE = Media(
     encoder=VisionEncoder,
     prefill=Prefill,
     settled=lambda model, example, given: with_grid(model, example, given, "image_grid_thw"),
-    settings=lambda model, example, settled: {},
-    constants=lambda example: {},
+    settings=lambda model, example, settled, preprocessing: {},
+    constants=lambda model, example: {},
 )
 VIDEO = replace(
     IMAGE,
@@ -206,5 +218,5 @@ AUDIO = Media(
     prefill=AudioPrefill,
     settled=_with_mask,
     settings=_frames,
-    constants=lambda features: {**DEFAULTS, "feature_size": features.shape[-2]},
+    constants=_whisper,
 )
