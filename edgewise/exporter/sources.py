@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from torch.export import ExportedProgram
 
 from edgewise import demos
 from edgewise.errors import InputError, extras_named, unknown
+from edgewise.exporter.processors import kind_of, preprocessing
 
 
 @dataclass
@@ -200,9 +200,9 @@ def _hugging_face(
         whole = module.eval()
         module = module.get_encoder()
     module.eval()
-    preprocessing = _preprocessing(local, "pixel_values_videos" in shapes) if local.exists() else {}
-    kwargs = example_inputs(module, config, preprocessing, shapes, batch, seed)
-    source = Source(model, type(module).__name__, module=module, kwargs=kwargs, preprocessing=preprocessing, notes=notes)
+    constants = preprocessing(local, kind_of(shapes or [getattr(module, "main_input_name", "")])) if local.exists() else {}
+    kwargs = example_inputs(module, config, constants, shapes, batch, seed)
+    source = Source(model, type(module).__name__, module=module, kwargs=kwargs, preprocessing=constants, notes=notes)
     source.whole = whole
     return source
 
@@ -232,25 +232,6 @@ def _hub_error(model: str, error: Exception) -> str:
         + ". MODEL is a Hugging Face id or local folder, py:package.module:factory, a .pt2 file, or demo:"
         + "|".join(demos.names())
     )
-
-
-def _preprocessing(folder: Path, video: bool = False) -> dict[str, Any]:
-    """The constants of the model's own processor; of that for videos, if it is asked for and there."""
-    own = ("video_preprocessor_config.json",) if video else ()
-    for name in (*own, "preprocessor_config.json", "processor_config.json"):
-        path = folder / name
-        if path.is_file():
-            try:
-                document = json.loads(path.read_text("utf-8"))
-            except ValueError as error:
-                raise InputError(f"{path} is not JSON: {error}") from error
-            # A processor of several kinds of input has those of each in a part of its own.
-            kinds = ("video_processor",) if video else ()
-            parts = (document.get(part) for part in (*kinds, "image_processor", "feature_extractor", "audio_processor"))
-            document = next((part for part in parts if isinstance(part, dict)), document)
-            # Filter banks are large tables that follow from the other constants.
-            return {k: v for k, v in document.items() if k != "mel_filters"}
-    return {}
 
 
 def example_inputs(
