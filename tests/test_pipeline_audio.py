@@ -82,6 +82,21 @@ def changed(bundle: edgewise.Bundle, preprocessing: dict[str, Any], **settings: 
     return edgewise.Bundle(bundle.path, bundle.manifest.model_copy(update=update))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"frames": None}, f"frames of the pipeline is None, and a number from 1 to {FRAMES}"),
+        ({"frames": "80"}, "frames of the pipeline is '80'"),
+        ({"frames": FRAMES + 1}, "frames of the pipeline is 101"),
+        ({"processor_tokens": "x"}, "processor_tokens of the pipeline is 'x', and a number from 1 on"),
+        ({"processor_tokens": 0}, "processor_tokens of the pipeline is 0"),
+    ],
+)
+def test_wrong_settings_are_found_as_it_is_loaded(plain: edgewise.Bundle, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        edgewise.load(changed(plain, plain.manifest.preprocessing, **wrong), target="openvino")
+
+
 def test_without_an_extractor_the_array_alone_is_taken(plain: edgewise.Bundle, pipeline: Any) -> None:
     features = noise(1, BINS, FRAMES).numpy()
     wanted = pipeline.generate(input_ids=[1, MARK, 2], audio=features, max_new_tokens=4).ids
@@ -132,6 +147,8 @@ def test_a_prompt_as_a_processor_writes_it(pipeline: Any) -> None:
         ({"input_ids": [MARK, *range(11)]}, "11 tokens besides the recording, and this bundle takes 10"),
         ({"audio": None}, "no recording: .*--audio FILE"),
         ({"audio": [wave(0.1)] * 2}, "give one recording"),
+        ({"audio": 5}, "as a file or an array, and no int"),
+        ({"audio": np.array(["x"])}, "no numbers"),
         ({"audio": wave(0.9)}, "has 0.9 seconds, and this bundle takes 0.8"),
         ({"audio": np.zeros((2, 100))}, r"give a waveform \(samples,\) at 16000 Hz"),
         ({"audio": np.array([0.0, np.nan])}, "not finite"),

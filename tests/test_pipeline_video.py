@@ -77,18 +77,23 @@ def test_a_file_is_answered_as_the_model_does(cli: Cli, tmp_path: Path) -> None:
     assert made == greedy_of_several(model, pixels, [[2], [4, 5, 6, 3]], 65, 32, video=True) and len(set(made)) > 8
     ids = [2, VIDEO, 4, 5, 6, 3]
     with edgewise.load(out) as pipeline:
-        assert all(pipeline.generate(input_ids=ids, video=one).ids == made for one in (frames, shown, pixels.numpy()))
+        assert all(pipeline.generate(input_ids=ids, video=one).ids == made for one in (frames, shown, list(shown), pixels.numpy()))
         for given, message in (
             ({}, "no video: .*--video FILE"),
             ({"image": frames / "00.png"}, "takes a video: give --video FILE"),
             ({"video": frames / "absent.mp4"}, "does not exist"),
             ({"video": pixels.numpy()[:, :3]}, "the video has shape"),
+            ({"video": 5}, "the video is given as int: give a file, a folder"),
+            ({"video": [frames / "00.png", 5]}, "the video is given as list of PosixPath, int"),
+            ({"video": []}, "the video is given as list of nothing"),
+            ({"video": [shown[0], shown[1][:8]]}, "differ in size"),
             ({"video": shown, "images": [shown[0]]}, "images or a video, and not both"),
         ):
             with pytest.raises(InputError, match=message):
                 pipeline.generate(input_ids=ids, **given)
         with pytest.raises(InputError, match="no video placeholder"):
             pipeline.generate(input_ids=[1, 2], video=shown)
+    cli("verify", out, "--data", "demo:vqa").refused("answers about videos", "leave --data out")
     wrong = cli("export", folder, *asked, "--images", 2, "--target", "openvino", "-o", tmp_path / "c")
     assert wrong.code == 2 and "one video in a prompt" in " ".join(wrong.err.split())
 

@@ -137,6 +137,11 @@ def test_the_bundle_says_what_caches_hold(plain: edgewise.Bundle, compressed: ed
         ({"input_ids": [IMAGE, 1], "image": np.zeros((1, 3, 8, 8))}, "shape"),
         ({"input_ids": [IMAGE, 1], "image": __file__}, "no image that can be read"),
         ({"input_ids": [IMAGE, 1], "image": "absent.png"}, "does not exist"),
+        ({"input_ids": [IMAGE, 1], "image": 5}, "an image is given as int: give a file"),
+        ({"input_ids": [IMAGE, 1], "image": [None]}, "an image is given as NoneType"),
+        ({"input_ids": [IMAGE, 1], "image": np.array([["x"]])}, "an image is given as an array of <U1"),
+        ({"input_ids": [IMAGE, 1], "image": np.zeros((0, 4, 3), np.uint8)}, "shape"),
+        ({"input_ids": [IMAGE, 1], "image": np.zeros((2, 8, 8, 3), np.uint8)}, "2 images are given, and this bundle takes 1"),
         ({"prompt": "what?"}, "no tokenizer"),
         ({}, "give a prompt, or input_ids"),
         ({"input_ids": [IMAGE, 1], "max_new_tokens": NEW + 1}, "room for 32 new tokens"),
@@ -193,6 +198,11 @@ def test_several_images_between_the_text(cli: Cli, tmp_path: Path) -> None:
         assert made == greedy_of_several(model, pixels, between, 64, 32) and len(set(made)) > 8
         texts.append(made)
     assert cli("run", out, "--prompt", "what is this", *shown[2:4], *shown[:2], *shown[4:]).document["ids"] != texts[0]
+    with edgewise.load(out) as pipeline:
+        pictures = np.stack([np.asarray(Image.open(file)) for file in files])
+        assert pipeline.generate("what is this", images=pictures).ids == texts[0]
+        with pytest.raises(InputError, match="an image is given as int"):
+            pipeline.generate("what is this", images=[3, 4])
     for given, message in (
         (["--prompt", "what", *shown[:2]], "1 image is given, and this bundle takes 2"),
         (["--prompt", "what <image>", *shown[:4]], "1 image placeholder.*2 images are given"),

@@ -10,24 +10,37 @@ from typing import Any
 
 import numpy as np
 
+from edgewise.bundle import Bundle
 from edgewise.errors import InputError
 from edgewise.runtime.audio import read_audio, resample
 from edgewise.runtime.generate import Generation
 from edgewise.runtime.mel import DEFAULTS, check_extractor, log_mel, made_here
 from edgewise.runtime.pipeline import OnText
 from edgewise.runtime.sampling import Sampling
-from edgewise.runtime.vision_language import MediaLanguage
+from edgewise.runtime.vision_language import MediaLanguage, check_count
 
 
 class AudioLanguage(MediaLanguage):
     """`audio_encoder`, `prefill` and `decode` as one model.
 
-    `settings` of the pipeline: `frames`, how many frames of the features are real. A recording that is shorter is filled up with
-    silence until there.
+    `settings` of the pipeline: `frames`, how many frames of the features are real, where a waveform is made into these here. A
+    recording that is shorter is filled up with silence until there.
     """
 
     kind = "audio-language"
     noun, tokens = "recording", "audio"
+
+    @staticmethod
+    def check(bundle: Bundle) -> None:
+        """Raise InputError if the bundle holds no pipeline, or one whose settings or constants are wrong."""
+        MediaLanguage.check(bundle)
+        manifest = bundle.manifest
+        assert manifest.pipeline is not None
+        shape = manifest.component(manifest.pipeline.order[0]).inputs[0].shape
+        if made_here(shape, manifest.preprocessing):
+            check_count(bundle, "frames", manifest.pipeline.settings.get("frames"), shape[2])
+            for name in ("sampling_rate", "hop_length"):
+                check_count(bundle, name, manifest.preprocessing.get(name, DEFAULTS[name]))
 
     def generate(
         self,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from edgewise.bundle import Bundle
 from edgewise.errors import InputError
 from edgewise.runtime.generate import Generation
 from edgewise.runtime.pipeline import GenerativePipeline, OnText
@@ -24,6 +25,15 @@ class MediaLanguage(GenerativePipeline):
     """How messages call the media."""
     tokens: ClassVar[str]
     """How the graphs call what the encoder makes of it."""
+
+    @staticmethod
+    def check(bundle: Bundle) -> None:
+        """Raise InputError if the bundle holds no pipeline, or one with wrong settings."""
+        GenerativePipeline.check(bundle)
+        assert bundle.manifest.pipeline is not None
+        settings = bundle.manifest.pipeline.settings
+        if settings.get("processor_tokens") is not None:
+            check_count(bundle, "processor_tokens", settings["processor_tokens"])
 
     def _answer(
         self,
@@ -123,7 +133,7 @@ class VisionLanguage(MediaLanguage):
         image: str | os.PathLike[str] | np.ndarray | Sequence[Any] | None = None,
         *,
         images: Sequence[Any] | np.ndarray | None = None,
-        video: str | os.PathLike[str] | np.ndarray | None = None,
+        video: str | os.PathLike[str] | np.ndarray | Sequence[np.ndarray] | None = None,
         input_ids: Sequence[int] | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
@@ -134,9 +144,10 @@ class VisionLanguage(MediaLanguage):
         Args:
             prompt: the question; the model's template goes around it, unless it holds the images' placeholders itself.
             image: a file, a picture `(H, W, 3)` in uint8, or the array that the encoder takes.
-            images: so many of these as the bundle was exported for (`--images`), in the order of the placeholders.
-            video: for a bundle that takes a video: a file, a folder of frames, frames `(T, H, W, 3)` in uint8, or the array that
-                the encoder takes. So many frames as the bundle takes are chosen, at equal distances.
+            images: so many of these as the bundle was exported for (`--images`), in the order of the placeholders; pictures may be
+                one array `(K, H, W, 3)` in uint8.
+            video: for a bundle that takes a video: a file, a folder of frames, frames `(T, H, W, 3)` or a list of `(H, W, 3)` in
+                uint8, or the array that the encoder takes. So many frames as the bundle takes are chosen, at equal distances.
             input_ids: the prompt as token ids instead, with one placeholder for each image or the video.
             max_new_tokens: by default as many as the bundle has room for.
             on_text: called with each piece of the text as soon as it is known.
@@ -169,9 +180,9 @@ class VisionLanguage(MediaLanguage):
         if given is None:
             raise InputError("no image: this model answers questions about one; give --image FILE (image=...)")
         if not isinstance(given, (list, tuple)):
-            if isinstance(given, np.ndarray) and given.shape == info.shape:
-                return given.astype(info.dtype)
-            given = [given]
+            if _are_numbers(given) and given.shape == info.shape:
+                return given.astype(info.dtype)  # type: ignore[no-any-return]
+            given = list(given) if _are_pictures(given, 4) else [given]
         if len(given) != items:
             count = "1 image is" if len(given) == 1 else f"{len(given)} images are"
             raise InputError(f"{count} given, and this bundle takes {items}: give as many, one for each placeholder")
@@ -181,14 +192,16 @@ class VisionLanguage(MediaLanguage):
 
     def _one(self, image: Any, shape: tuple[int, ...]) -> np.ndarray:
         """One image as an array of this shape."""
-        picture = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-        if isinstance(image, np.ndarray) and not picture:
+        picture = _are_pictures(image, 3)
+        if not picture and not isinstance(image, (str, os.PathLike)):
+            if not _are_numbers(image):
+                raise InputError(f"an image is given as {_kind(image)}: give a file, or a picture (H, W, 3) in uint8")
             if image.shape != shape:
                 raise InputError(
                     f"the image has shape {image.shape}, and this bundle takes {shape}; or give a file, or a picture (H, W, 3) in "
                     "uint8"
                 )
-            return image
+            return image  # type: ignore[no-any-return]
         from edgewise.runtime.images import load_pixels
 
         return load_pixels(image if picture else Path(image), shape, self.bundle.manifest.preprocessing)
@@ -198,14 +211,50 @@ class VisionLanguage(MediaLanguage):
         info = self._media_input
         if given is None:
             raise InputError("no video: this model answers questions about one; give --video FILE (video=...)")
-        frames = isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == 4 and given.shape[3] == 3
-        if isinstance(given, np.ndarray) and not frames:
+        if isinstance(given, (list, tuple)) and given and all(_are_pictures(one, 3) for one in given):
+            if len({one.shape for one in given}) > 1:
+                raise InputError("the frames of the video differ in size: give frames of one size")
+            given = np.stack(given)
+        frames = _are_pictures(given, 4)
+        if not frames and not isinstance(given, (str, os.PathLike)):
+            if not _are_numbers(given):
+                raise InputError(
+                    f"the video is given as {_kind(given)}: give a file, a folder of frames, or frames (T, H, W, 3) in uint8"
+                )
             if given.shape != info.shape:
                 raise InputError(
                     f"the video has shape {given.shape}, and this bundle takes {info.shape}; or give a file, or frames "
                     "(T, H, W, 3) in uint8"
                 )
-            return given.astype(info.dtype)
+            return given.astype(info.dtype)  # type: ignore[no-any-return]
         from edgewise.runtime.video import load_clip
 
         return load_clip(given if frames else Path(given), info.shape, self.bundle.manifest.preprocessing).astype(info.dtype)
+
+
+def check_count(bundle: Bundle, name: str, value: Any, most: int | None = None) -> None:
+    """Raise InputError for a setting of the pipeline that is no whole number from 1 to `most`."""
+    if type(value) is not int or value < 1 or (most is not None and value > most):
+        upper = "on" if most is None else f"to {most}"
+        raise InputError(
+            f"{bundle.path}: {name} of the pipeline is {value!r}, and a number from 1 {upper} is needed: export the model again"
+        )
+
+
+def _are_pictures(given: Any, rank: int) -> bool:
+    """Whether this is a picture `(H, W, 3)`, or of rank 4 a stack of these, in uint8."""
+    known = isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == rank
+    return known and given.shape[-1] == 3 and all(given.shape[-3:-1])
+
+
+def _are_numbers(given: Any) -> bool:
+    return isinstance(given, np.ndarray) and given.dtype.kind in "biuf"
+
+
+def _kind(given: Any) -> str:
+    """What was given, for a message."""
+    if isinstance(given, np.ndarray):
+        return f"an array of {given.dtype}"
+    if isinstance(given, (list, tuple)):
+        return " of ".join([type(given).__name__, ", ".join(sorted({type(one).__name__ for one in given})) or "nothing"])
+    return type(given).__name__

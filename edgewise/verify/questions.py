@@ -30,8 +30,16 @@ class Question:
 
 
 def answers_questions(bundle: Bundle) -> bool:
-    """Whether a bundle answers questions about images or recordings."""
-    return bundle.manifest.pipeline is not None and bundle.manifest.pipeline.kind in ("vision-language", "audio-language")
+    """Whether a bundle answers questions about images or recordings. Raises InputError for one that answers about videos."""
+    about = bundle.manifest.pipeline
+    if about is None or about.kind not in ("vision-language", "audio-language"):
+        return False
+    if any(one.name == "pixel_values_videos" for one in bundle.manifest.component(about.order[0]).inputs):
+        raise InputError(
+            f"{bundle.path} answers about videos, and answers are measured about images and recordings only: leave --data out, and "
+            "ask it with `edgewise run BUNDLE --video FILE --prompt TEXT`"
+        )
+    return True
 
 
 def read_questions(src: str, most: int | None = None) -> list[Question]:
@@ -62,7 +70,9 @@ def exact_match(
     counter: Counter = uncounted,
     most: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The share of questions that every target that can run here answers rightly: with the known answer, compared as `plain`."""
+    """The share of questions that every target that can run here answers rightly: with the known answer, compared as `plain`.
+    Raises InputError where the data is not of such questions, and as `answers_questions` does."""
+    answers_questions(bundle)
     about = bundle.manifest.pipeline
     if src == DEMO and about is not None and about.kind == "audio-language":
         raise InputError(
