@@ -29,7 +29,6 @@ from edgewise.exporter.half import rounded
 from edgewise.ops import METHODS as ALL_METHODS
 from edgewise.targets.tensorrt import capabilities, rtx
 from edgewise.targets.tensorrt.lint import findings
-from edgewise.targets.tensorrt.views import merge_views
 from edgewise.verify.metrics import compare
 
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16}
@@ -249,55 +248,6 @@ def test_attention_is_what_tensorrt_fuses(tmp_path: Path) -> None:
     torch.manual_seed(0)
     counts = check_file(lowered(CASES["block"]().exported, tmp_path, outputs=2))
     assert counts["Transpose"] == 4 and counts["Softmax"] == 1 and counts["Mul"] == 2
-
-
-class Reductions(nn.Module):
-    """Reductions of a table for each sample, and then other shapes of what is left."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        whole = torch.cat([x.amin(1) + 1, 3 * x.amax(2)], dim=1)[0]
-        column = x.sum(2, keepdim=True)[:, :, 0]
-        mean, most = x.mean(1)[:, None], x.amax((1, 2))[:, None, None]
-        return whole * 2, column * 2, x.prod(2).sum(1)[:, None].exp(), mean.exp(), most.sqrt()
-
-
-@pytest.mark.parametrize(("batch", "views"), [(1, 0), (3, 1)])
-def test_reductions_give_the_shape_that_is_read(batch: int, views: int, tmp_path: Path) -> None:
-    x = draw(batch, 5, 7).abs()
-    path = lowered(torch.export.export(Reductions(), (x,), strict=False), tmp_path, outputs=5)
-    counts = check_file(path)
-    assert counts["Reshape"] + counts["Unsqueeze"] + counts["Squeeze"] + counts["Gather"] <= views, counts
-    with targets.get("tensorrt").load([path]) as session:
-        found = session.run({session.inputs[0].name: x.numpy()})
-    for i, expected in enumerate(Reductions()(x)):
-        assert found[f"o{i}"].shape == tuple(expected.shape)
-        np.testing.assert_allclose(found[f"o{i}"], expected.numpy(), rtol=1e-6)
-
-
-def test_a_concatenation_of_unknown_shapes_stays() -> None:
-    """What is not known to be a view of the same numbers is left alone: no operand goes."""
-    shapes: dict[str, list[int | None]] = {"a": [1, None], "b": [1, 3]}
-    inputs = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
-    sizes = onnx.numpy_helper.from_array(np.array([1, 3, 1]), "sizes"), onnx.numpy_helper.from_array(np.array([5]), "flat")
-    nodes = [
-        onnx.helper.make_node("Unsqueeze", ["a", "two"], ["wide"]),
-        onnx.helper.make_node("Reshape", ["b", "sizes"], ["tall"]),
-        onnx.helper.make_node("Concat", ["wide", "tall"], ["both"], axis=1),
-        onnx.helper.make_node("Reshape", ["both", "flat"], ["out"]),
-        onnx.helper.make_node("Neg", ["out"], ["end"]),
-    ]
-    known = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (
-        ("tall", [1, 3, 1]), ("both", [1, 5, 1]), ("out", [5]),
-    )]  # fmt: skip
-    graph = onnx.helper.make_graph(
-        nodes, "g", inputs, [onnx.helper.make_tensor_value_info("end", TensorProto.FLOAT, [5])],
-        [*sizes, onnx.numpy_helper.from_array(np.array([2]), "two")], value_info=known,
-    )  # fmt: skip
-    model = onnx_ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10))
-    merge_views(model)
-    feeds = {"a": np.array([[1, 2]], np.float32), "b": np.array([[3, 4, 5]], np.float32)}
-    (found,) = ReferenceEvaluator(onnx_ir.to_proto(model)).run(None, feeds)
-    assert found.tolist() == [-1, -2, -3, -4, -5]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -26,5 +26,5 @@ def _(score: Tensor, keep: int) -> Tensor:
 
 @realisation("order_tokens", FREE)
 def _(score: Tensor, keep: int) -> Tensor:
-    index = column(0, score.shape[1], 1, score.device)
+    index = column(torch.arange(score.shape[1], device=score.device), score.shape[0])
     return place_by_rank(descending_rank(finite(score)[:, :, None]), keep, index).to(torch.int64)

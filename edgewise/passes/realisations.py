@@ -39,12 +39,13 @@ REALISATIONS["top_tokens"] = {SCATTER: select.top_tokens._init_fn}
 
 
 def descending_rank(score: Tensor) -> Tensor:
-    """The place of each score, both `(B, N, 1)`, in descending order, ties to the lowest index, as float: counts of comparisons.
-    Columns keep their last dimension all the way to `place_by_rank`, so that no change of shape is in between."""
+    """The place `(B, 1, N)` of each score `(B, N, 1)` in descending order, ties to the lowest index, as float: counts of
+    comparisons. Rows of one keep their dimension all the way to `place_by_rank`, so that no change of shape is in between."""
     count = score.shape[1]
-    other = score.transpose(1, 2)
-    earlier = torch.ones(count, count, device=score.device, dtype=torch.float32).tril(-1)
-    return torch.where(other > score, 1.0, torch.where(other == score, earlier, 0.0)).sum(2, keepdim=True)
+    mine, other = score.transpose(1, 2), score
+    index = torch.arange(count, device=score.device)
+    earlier = (index[:, None] < index[None, :])[None]
+    return ((other > mine) | ((other == mine) & earlier)).to(torch.float32).sum(1, keepdim=True)
 
 
 def one_hot(index: Tensor, count: int) -> Tensor:
@@ -54,27 +55,23 @@ def one_hot(index: Tensor, count: int) -> Tensor:
 
 
 def place_by_rank(rank: Tensor, wanted: int, value: Tensor, first: int = 0) -> Tensor:
-    """`value` reordered by `rank`, both `(B, N, 1)`, of which `wanted` places from `first` on are taken: `(B, wanted)`."""
+    """`value (B, N, 1)` reordered by `rank (B, 1, N)`, of which `wanted` places from `first` on are taken: `(B, wanted)`."""
     places = torch.arange(first, first + wanted, device=rank.device, dtype=torch.float32)
-    return torch.where(rank == places, value, 0.0).sum(1)
+    chosen = (rank == places[None, :, None]).to(torch.float32)
+    return (chosen @ value)[:, :, 0]
 
 
-def column(start: int, end: int, step: int, device: torch.device) -> Tensor:
-    """The constant `(1, N, 1)` of an arithmetic series, for `place_by_rank`."""
-    return torch.arange(start, end, step, device=device, dtype=torch.float32)[None, :, None]
+def column(values: Tensor, batch: int) -> Tensor:
+    """Constant `values (N)` as `(batch, N, 1)`, for `place_by_rank`. They are repeated for each sample, because NVIDIA's builder
+    (TensorRT-RTX 1.7) does not come back from some products that broadcast a constant."""
+    return values.to(torch.float32)[None, :, None].expand(batch, -1, -1)
 
 
-def indices_in_order(flags: Tensor, wanted: int, start: int, step: int) -> Tensor:
-    """For `flags (B, N, 1)` of zeros and `wanted` ones: `start + step * i`, as float `(B, wanted)`, for the index `i` of each one,
-    in order. It is the number of places at which that one is still to come. `start` is a multiple of `step`: as many places are
-    put in front, instead of an addition behind."""
-    batch, count, _ = flags.shape
-    before = start // step
-    until = torch.ones(before + count, count, device=flags.device, dtype=torch.float32).tril(-before)
-    # It is repeated for each sample, because NVIDIA's builder (TensorRT-RTX 1.7) does not come back from some products that
-    # broadcast a constant.
-    number = torch.arange(1, wanted + 1, device=flags.device, dtype=torch.float32)
-    return torch.where(until[None].expand(batch, -1, -1) @ flags < number, float(step), 0.0).sum(1)
+def rank_among(flags: Tensor) -> Tensor:
+    """For `flags (B, 1, N)` of zeros and ones: the number of each one among them, from 1 on, and 0 for each zero."""
+    count = flags.shape[2]
+    until = torch.ones(count, count, device=flags.device, dtype=torch.float32).triu()
+    return (flags @ until) * flags
 
 
 def similarity(metric: Tensor, protected: int, padding: Tensor | None) -> Tensor:
@@ -129,20 +126,18 @@ def _(metric: Tensor, r: int, protected: int, padding: Tensor | None = None) -> 
     scores = similarity(metric, protected, padding)
     best = scores.amax(dim=-1, keepdim=True)
     # Tokens of B follow those that are protected and those of A that do not merge.
-    rest, columns = scores.shape[1] - r, scores.shape[2]
-    before = protected + rest
+    before, columns = protected + scores.shape[1] - r, scores.shape[2]
     place = torch.arange(before, before + columns, device=metric.device, dtype=torch.float32)
     partner = torch.where(scores == best, place, float(before + columns)).amin(dim=-1, keepdim=True)
     rank = descending_rank(best)
-    start = 2 * match.protected_split(protected)[0]
-    even = column(start, metric.shape[1], 2, metric.device)
-    if protected:  # A stays in order
-        unmerged = indices_in_order((rank > r - 1).to(torch.float32), rest, start, 2)
-    else:
-        unmerged = place_by_rank(rank, rest, even, r)
+    rows, _ = match.protected_split(protected)
+    even = column(torch.arange(2 * rows, metric.shape[1], 2, device=metric.device), metric.shape[0])
+    # Where A stays in order, merged tokens get a rank that no place has.
+    rest, first = (rank_among((rank > r - 1).to(torch.float32)), 1) if protected else (rank, r)
+    unmerged = place_by_rank(rest, scores.shape[1] - r, even, first)
     kept = kept_tokens(unmerged, metric.shape[1], protected)
-    src, into = place_by_rank(rank, r, even), place_by_rank(rank, r, partner)
-    return kept.to(torch.int64), src.to(torch.int64), into.to(torch.int64)
+    into = place_by_rank(rank, r, partner)
+    return kept.to(torch.int64), place_by_rank(rank, r, even).to(torch.int64), into.to(torch.int64)
 
 
 def without_padding(x: Tensor, size: Tensor | None, padding: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +220,8 @@ def _(x: Tensor, kept: Tensor, dim: int, prefix: int) -> Tensor:
 def _(score: Tensor, keep: int, protected: int) -> Tensor:
     free = finite(score[:, protected:])
     chosen = (descending_rank(free[:, :, None]) < keep).to(torch.float32)
-    best = indices_in_order(chosen, keep, protected, 1).to(torch.int64)
+    index = column(torch.arange(protected, score.shape[1], device=score.device), score.shape[0])
+    best = place_by_rank(rank_among(chosen), keep, index, 1).to(torch.int64)
     return torch.cat([torch.arange(protected, device=score.device).expand(score.shape[0], -1), best], dim=1)
 
 

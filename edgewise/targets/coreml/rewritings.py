@@ -126,7 +126,7 @@ def _stable_sort(x: Tensor, dim: int, descending: bool) -> tuple[Tensor, Tensor]
     flat = moved.reshape(-1, moved.shape[-1])
     if not flat.is_floating_point():
         flat = flat.to(torch.float32)
-    place = descending_rank((flat if descending else -flat)[:, :, None])[:, :, 0]
+    place = descending_rank((flat if descending else -flat)[:, :, None])[:, 0]
     order = place.topk(flat.shape[-1], dim=-1, largest=False, sorted=True)[1]
     values = moved.reshape(flat.shape).gather(1, order)
     return tuple(part.reshape(moved.shape).transpose(dim, last) for part in (values, order))  # type: ignore[return-value]

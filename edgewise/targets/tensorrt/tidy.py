@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgewise.targets.tensorrt.retype import constant, is_constant
-from edgewise.targets.tensorrt.views import REDUCTIONS, merge_views, static_shape
+from edgewise.targets.tensorrt.views import merge_views, static_shape
 
 
 def tidy(model: ir.Model) -> None:
@@ -71,7 +71,7 @@ def _triangles(graph: ir.Graph, node: ir.Node) -> None:
 def _kept_dimensions(graph: ir.Graph, node: ir.Node) -> None:
     """A reduction that loses a dimension, which comes back at once: a reduction that keeps it."""
     reduced = node.inputs[0].producer() if node.op_type == "Unsqueeze" and node.inputs[0] is not None else None
-    if reduced is None or reduced.op_type not in REDUCTIONS or len(reduced.outputs[0].uses()) != 1:
+    if reduced is None or reduced.op_type not in _REDUCTIONS or len(reduced.outputs[0].uses()) != 1:
         return
     before, after = static_shape(reduced.inputs[0]), static_shape(node.outputs[0])
     axes = reduced.inputs[1] if len(reduced.inputs) > 1 else None
@@ -83,6 +83,9 @@ def _kept_dimensions(graph: ir.Graph, node: ir.Node) -> None:
         reduced.attributes["keepdims"] = ir.AttrInt64("keepdims", 1)
         reduced.outputs[0].shape = ir.Shape(kept)
         _replace(node.outputs[0], reduced.outputs[0])
+
+
+_REDUCTIONS = frozenset({"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin"})
 
 
 def _is_mask(value: ir.Value) -> bool:

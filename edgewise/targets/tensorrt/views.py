@@ -16,8 +16,6 @@ _ELEMENTWISE = frozenset(
     {"Cast", "Add", "Sub", "Mul", "Div", "Max", "Min", "Neg", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where",
      "And", "Or", "Not"}
 )  # fmt: skip
-REDUCTIONS = frozenset({"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin"})
-"""Reductions whose axes are an operand."""
 _MOST = 1 << 20
 """Numbers of the largest constant that is stored a second time, in another shape."""
 
@@ -69,55 +67,20 @@ def _ends_in_views(value: ir.Value, shape: Shape) -> bool:
         return False
     if _is_view(node):
         return True
+    known = static_shape(value)
     if node.op_type == "Concat":
-        parts = _parts_in_shape(node, shape)
+        parts = [part for part in node.inputs if part is not None]
+        if known is None or _place(known, node.attributes["axis"].as_int(), shape) is None:
+            return False
     elif node.op_type in _ELEMENTWISE:
-        known = static_shape(value)
-        parts = [(part, shape) for part in node.inputs if part is not None and not _is_scalar(part)]
-        if any(static_shape(part) != known for part, _ in parts):
+        parts = [part for part in node.inputs if part is not None and not _is_scalar(part)]
+        if any(static_shape(part) != known for part in parts):
             return False
     else:
-        return _reduced_to(node, shape) is not None
-    found = [(part, shape) for part, shape in parts if not is_constant(part)]
-    small = all(part.const_value is None or part.const_value.size <= _MOST for part, _ in parts)
-    return bool(found) and small and all(_ends_in_views(part, shape) for part, shape in found)
-
-
-def _parts_in_shape(node: ir.Node, shape: Shape) -> list[tuple[ir.Value, Shape]]:
-    """The operands of a concatenation, with the shapes that they must have for a result of this shape; none if there are none."""
-    axis, known = node.attributes["axis"].as_int(), static_shape(node.outputs[0])
-    place = _place(known, axis, shape) if known is not None else None
-    if place is None:
-        return []
-    found = []
-    for part in node.inputs:
-        size = static_shape(part)
-        if part is None or size is None:
-            return []
-        found.append((part, (*shape[:place], size[axis], *shape[place + 1 :])))
-    return found
-
-
-def _reduced_to(node: ir.Node, shape: Shape) -> tuple[list[int], int] | None:
-    """The axes of a reduction, and whether it keeps them, for a result of this shape: dimensions of one may be reduced too."""
-    axes = node.inputs[1] if node.op_type in REDUCTIONS and len(node.inputs) > 1 else None
-    before = static_shape(node.inputs[0])
-    if before is None or axes is None or axes.const_value is None:
-        return None
-    gone = {int(axis) % len(before) for axis in axes.const_value.numpy().reshape(-1)}
-    if tuple(1 if axis in gone else size for axis, size in enumerate(before)) == shape:
-        return sorted(gone), 1
-    left = list(shape)
-    for axis, size in enumerate(before):
-        if axis in gone:
-            continue
-        if left and left[0] == size:
-            left.pop(0)
-        elif size == 1:
-            gone.add(axis)
-        else:
-            return None
-    return (sorted(gone), 0) if not left and gone else None
+        return False
+    found = [part for part in parts if not is_constant(part)]
+    small = all(part.const_value is None or part.const_value.size <= _MOST for part in parts)
+    return bool(found) and small and all(_ends_in_views(part, shape) for part in found)
 
 
 def _is_scalar(value: ir.Value) -> bool:
@@ -150,18 +113,15 @@ def _in_shape(graph: ir.Graph, value: ir.Value, shape: Shape) -> ir.Value:
             return _in_shape(graph, source, shape)
         return _reshape(graph, node, source, shape)
     if node.op_type == "Concat":
-        parts, before = _parts_in_shape(node, shape), static_shape(value)
-        place = _place(before, node.attributes["axis"].as_int(), shape) if before is not None else None
+        axis, before = node.attributes["axis"].as_int(), static_shape(value)
+        assert before is not None
+        place = _place(before, axis, shape)
         assert place is not None
         node.attributes["axis"] = ir.AttrInt64("axis", place)
-        for i, (operand, own) in enumerate(parts):
-            node.replace_input_with(i, _in_shape(graph, operand, own))
-    elif (reduced := _reduced_to(node, shape)) is not None:
-        axes, keep = reduced
-        name = f"axes.{'x'.join(map(str, axes))}"
-        known = graph.initializers.get(name)
-        node.replace_input_with(1, known or constant(graph, name, np.array(axes, np.int64), ir.DataType.INT64))
-        node.attributes["keepdims"] = ir.AttrInt64("keepdims", keep)
+        for i, part in enumerate(node.inputs):
+            sizes = static_shape(part)
+            assert part is not None and sizes is not None
+            node.replace_input_with(i, _in_shape(graph, part, (*shape[:place], sizes[axis], *shape[place + 1 :])))
     else:
         for i, part in enumerate(node.inputs):
             if part is not None and not _is_scalar(part):
