@@ -264,9 +264,9 @@ def test_the_same_bytes(precision: str, tmp_path: Path) -> None:
 
 def test_an_artifact_that_chooses_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded scores may change places. The artifact is then compared with the program that makes the artifact's choices."""
-    from edgewise.exporter import export
+    from edgewise.exporter import component
 
-    monkeypatch.setattr(export, "ATTEMPTS", 1)
+    monkeypatch.setattr(component, "ATTEMPTS", 1)
 
     class Close(nn.Module):
         """Blocks whose queries and keys see features that only single precision tells apart: half precision keeps the first."""
