@@ -68,6 +68,8 @@ def test_blocks_of_the_readme_run(tmp_path: Path, environment: dict[str, str]) -
             command = ["bash", "-euo", "pipefail", "-c", without_installs(text)]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        # Nothing of what packages underneath have to say, such as kernels that do not load here.
+        assert not re.search("failed to load|deprecated|warn", done.stderr, re.IGNORECASE) or language == "python", done.stderr
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -118,6 +119,9 @@ def _result(args: list[str], debug: bool) -> Result:
     try:
         if not debug:
             warnings.simplefilter("ignore")
+            # transformers imports torchao where it is installed, which tells of kernels for GPUs that do not load without one.
+            for name in ("torchao", "torch.utils._pytree"):
+                logging.getLogger(name).setLevel(logging.ERROR)
         _check_verb(args)
         with extras_named():
             done = typer.main.get_command(app).main(args=args, prog_name="edgewise", standalone_mode=False)
