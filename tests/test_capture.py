@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,26 @@ def test_what_is_parted_and_joined_is_left_whole(dim: int, order: tuple[int, ...
     targets = {str(n.target) for n in program.base.graph.nodes}
     assert ("aten.stack.default" not in targets) == ("aten.unbind.int" not in targets) == gone
     torch.testing.assert_close(program.base.module()(x), model(x))
+
+
+class Squeezed(nn.Module):
+    """Of what is squeezed some is of size one, or nothing is."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x * 2
+        return y.squeeze(0), y.squeeze(1), y.squeeze((0, -2)), y.squeeze(), y[:, 0].squeeze()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3), (2, 2, 3), (1, 1, 3), (1, 2, 3)])
+def test_only_what_is_of_size_one_is_squeezed(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """torch leaves alone what is not, and ONNX refuses it."""
+    model, x = Squeezed(), torch.randn(shape)
+    bundle = edgewise.export(model, tmp_path / "b", example={"x": x}, targets=["onnxruntime"])
+    with edgewise.load(bundle) as loaded:
+        found = list(loaded.run({"x": x.numpy()}).values())
+    for one, wanted in zip(found, model(x), strict=True):
+        assert one.shape == tuple(wanted.shape)
+        np.testing.assert_allclose(one, wanted.numpy())
 
 
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])

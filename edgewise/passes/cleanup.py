@@ -144,10 +144,19 @@ def _drop_no_ops(editor: Editor) -> bool:
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             # Later passes change layouts in front of a view; reshape has the same meaning and always succeeds.
             node.target = aten.reshape.default
+        elif node.target is aten.squeeze.dims and (ones := _ones(node)) != list(node.args[1]):  # type: ignore[arg-type]
+            # torch leaves alone what is not of size one; ONNX refuses it.
+            node.args = (node.args[0], ones)
         else:
             continue
         modified = True
     return modified
+
+
+def _ones(node: fx.Node) -> list[int]:
+    """The dimensions of size one among those that a node squeezes."""
+    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    return [dim for dim in node.args[1] if shape[dim] == 1]  # type: ignore[union-attr]
 
 
 def _join_parted(editor: Editor) -> bool:
@@ -181,7 +190,7 @@ _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default}
 _COPIES = {aten.alias.default, aten.detach.default, aten.contiguous.default, aten.clone.default,
            aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device,
            aten._to_copy.default, aten.type_as.default, aten.expand.default, aten.reshape.default, aten.view.default,
-           *_DROPOUTS}
+           aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, *_DROPOUTS}
 
 
 def _same_value(node: fx.Node) -> fx.Node | None:

@@ -20,7 +20,7 @@ from edgewise.exporter.pipeline.language import describe_text, eos_ids
 from edgewise.exporter.pipeline.media import AUDIO, IMAGE, VIDEO, Media
 from edgewise.exporter.pipeline.parts import Build, cache_layers, flops_of, run, source_of
 from edgewise.exporter.pipeline.seam import Prompt, Seam, caches, decode_position, learn, random_prompt
-from edgewise.exporter.pipeline.vision_language import Decode
+from edgewise.exporter.pipeline.vision_language import Decode, features_of
 from edgewise.exporter.sources import Source
 from edgewise.ops import METHODS
 from edgewise.passes.plan import parse_spec
@@ -44,8 +44,8 @@ def media_of(source: Source) -> Media | None:
         return None
     if not module.can_generate() or getattr(module.config, "is_encoder_decoder", False):
         return None
-    known = [IMAGE] if callable(getattr(module, "get_image_features", None)) else []
-    known += [VIDEO] if callable(getattr(module, "get_video_features", None)) else []
+    known = [IMAGE] if features_of(module, "image") else []
+    known += [VIDEO] if features_of(module, "video") else []
     known += [AUDIO] if AUDIO.argument in inspect.signature(module.forward).parameters else []
     known = [media for media in known if media.placeholder(module) is not None]
     return next((media for media in known if media.argument in source.kwargs), known[0] if known else None)

@@ -160,7 +160,8 @@ def learn(
         rungs = []
         for rule in RULES:
             seam = Seam(seam.offsets, seam.advance, rule)
-            found = _joined(media, model, tokens, prompt, seam, bucket, text)
+            with _saying(f"{type(model).__name__} cannot be split: its decoder does not run on embedded tokens and given caches"):
+                found = _joined(media, model, tokens, prompt, seam, bucket, text)
             outputs = {"logits": wanted}, {"logits": found}
             rung = judge("components, joined", "whole model", "capture", *outputs, threshold=THRESHOLD)
             if rung.passed:

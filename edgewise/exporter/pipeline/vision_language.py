@@ -47,12 +47,14 @@ class VisionEncoder(nn.Module):
         self.register_buffer("places", None if places is None else places.t()[None].contiguous())
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        return self._encoded(self.model.get_image_features, pixel_values=pixel_values)
+        return self._encoded(features_of(self.model, "image"), pixel_values=pixel_values)
 
-    def _encoded(self, features_of: Any, **given: Tensor) -> dict[str, Tensor]:
+    def _encoded(self, encode: Any, **given: Tensor) -> dict[str, Tensor]:
         with Settle(self._noted, tracing=any(map(is_traced, given.values()))):
             given = {name: patched(self.model, value) for name, value in given.items()}
-            features = features_of(**given, **self.settled, return_dict=True).pooler_output
+            features = encode(**given, **self.settled, return_dict=True).pooler_output
+        if features is None:
+            raise InputError(f"{type(self.model).__name__} gives no tokens in the space of its decoder: export its components one by one")
         if isinstance(features, (list, tuple)):
             alike = all(one.shape == features[0].shape for one in features)
             features = torch.stack(list(features)) if alike else torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
@@ -66,7 +68,13 @@ class VideoEncoder(VisionEncoder):
     """The same for the frames of a video, `pixel_values_videos`, all of whose tokens are one span."""
 
     def forward(self, pixel_values_videos: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        return self._encoded(self.model.get_video_features, pixel_values_videos=pixel_values_videos)
+        return self._encoded(features_of(self.model, "video"), pixel_values_videos=pixel_values_videos)
+
+
+def features_of(model: Any, medium: Literal["image", "video"]) -> Any:
+    """What makes the tokens of a medium: a method of a model, or of the one without a head inside of it. None: there is none."""
+    found = (getattr(one, f"get_{medium}_features", None) for one in (model, getattr(model, "base_model", None)))
+    return next((one for one in found if callable(one)), None)
 
 
 def placed(name: str, tokens: Tensor, places: Tensor | None) -> dict[str, Tensor]:
