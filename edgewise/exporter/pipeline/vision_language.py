@@ -54,7 +54,9 @@ class VisionEncoder(nn.Module):
             given = {name: patched(self.model, value) for name, value in given.items()}
             features = encode(**given, **self.settled, return_dict=True).pooler_output
         if features is None:
-            raise InputError(f"{type(self.model).__name__} gives no tokens in the space of its decoder: export its components one by one")
+            raise InputError(
+                f"{type(self.model).__name__} gives no tokens in the space of its decoder: export its components one by one"
+            )
         if isinstance(features, (list, tuple)):
             alike = all(one.shape == features[0].shape for one in features)
             features = torch.stack(list(features)) if alike else torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
