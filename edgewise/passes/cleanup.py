@@ -4,7 +4,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -155,8 +155,9 @@ def _drop_no_ops(editor: Editor) -> bool:
 
 def _ones(node: fx.Node) -> list[int]:
     """The dimensions of size one among those that a node squeezes."""
-    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
-    return [dim for dim in node.args[1] if shape[dim] == 1]  # type: ignore[union-attr]
+    source, dims = cast("tuple[fx.Node, list[int]]", node.args[:2])
+    shape = source.meta["val"].shape
+    return [dim for dim in dims if shape[dim] == 1]
 
 
 def _join_parted(editor: Editor) -> bool:
