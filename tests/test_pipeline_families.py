@@ -12,7 +12,7 @@ import torch
 from audio_families import make as make_audio
 from tiny_speech import tiny_speech
 from torch import nn
-from vlm_families import FAMILIES, hunyuan_vl, make, make_video, noise
+from vlm_families import FAMILIES, blip2, deepseek_vl, hunyuan_vl, make, make_video, noise
 from vlm_pruned import check_compressed
 from vlm_reference import IMAGE, greedy
 
@@ -35,6 +35,22 @@ def test_the_seam_is_learned(name: str) -> None:
     seam, rung = learn(media.IMAGE, model, pixels, example, 12, 0)
     assert rung.passed and seam.rule == RULES.get(name, "causal") and len(seam.offsets) == ROWS.get(name, 1)
     assert seam.dense == (name not in ROWS)
+
+
+def test_features_of_a_model_inside_of_its_head(tmp_path: Path) -> None:
+    model, example = deepseek_vl()
+    bundle = edgewise.export(model, tmp_path / "b", example=example, prompt_tokens=10, new_tokens=8, cache=False)
+    pixels = noise(1, 3, 32, 32, seed=5)
+    with edgewise.load(bundle) as loaded:
+        made = loaded.generate(input_ids=[1, 5, IMAGE, 7, 8], image=pixels.numpy())
+    assert made.ids == greedy(model, pixels, [1, 5], [7, 8], 64, 8)
+
+
+def test_a_decoder_that_takes_no_embedded_tokens_is_refused(tmp_path: Path) -> None:
+    model, example = blip2()
+    with pytest.raises(InputError, match=r"cannot be split: its decoder does not run on embedded tokens.*missing 2 required"):
+        edgewise.export(model, tmp_path / "b", example=example, prompt_tokens=10, new_tokens=4)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("name", ["llava-next", "smolvlm", "qwen2.5-vl"])

@@ -151,6 +151,30 @@ def hunyuan_vl() -> Family:
     return model, {"pixel_values": noise(24, 3 * 16), "image_grid_thw": torch.tensor([[1, 4, 6]])}
 
 
+def deepseek_vl() -> Family:
+    """What makes features of an image is a method of the model without a head."""
+    vision = vision_config(hf.SiglipVisionConfig, vision_use_head=False)
+    config = hf.DeepseekVLConfig(vision_config=vision.to_dict(), text_config=text_config().to_dict(), image_token_id=IMAGE)
+    torch.manual_seed(0)
+    return hf.DeepseekVLForConditionalGeneration(config).eval(), {"pixel_values": noise(1, 3, 32, 32)}
+
+
+def blip2() -> Family:
+    """Of a kind that no pipeline takes: the whole model runs on no embedded tokens alone."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    queries = hf.Blip2QFormerConfig(**sizes, encoder_hidden_size=32, cross_attention_frequency=1)
+    config = hf.Blip2Config(
+        vision_config=vision_config(hf.Blip2VisionConfig).to_dict(),
+        qformer_config=queries.to_dict(),
+        text_config=text_config().to_dict(),
+        num_query_tokens=8,
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
+    )
+    torch.manual_seed(0)
+    return hf.Blip2ForConditionalGeneration(config).eval(), {"pixel_values": noise(1, 3, 32, 32)}
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
     "llava": _llava,
     "llava-next": _llava_next,

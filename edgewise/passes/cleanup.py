@@ -144,20 +144,20 @@ def _drop_no_ops(editor: Editor) -> bool:
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             # Later passes change layouts in front of a view; reshape has the same meaning and always succeeds.
             node.target = aten.reshape.default
-        elif node.target is aten.squeeze.dims and (ones := _ones(node)) != list(node.args[1]):  # type: ignore[arg-type]
-            # torch leaves alone what is not of size one; ONNX refuses it.
-            node.args = (node.args[0], ones)
-        else:
+        elif not _squeeze_ones(node):
             continue
         modified = True
     return modified
 
 
-def _ones(node: fx.Node) -> list[int]:
-    """The dimensions of size one among those that a node squeezes."""
+def _squeeze_ones(node: fx.Node) -> bool:
+    """Squeeze only what is of size one, and say whether that was news: torch leaves the rest alone, and ONNX refuses it."""
+    if node.target is not aten.squeeze.dims:
+        return False
     source, dims = cast("tuple[fx.Node, list[int]]", node.args[:2])
-    shape = source.meta["val"].shape
-    return [dim for dim in dims if shape[dim] == 1]
+    ones = [dim for dim in dims if source.meta["val"].shape[dim] == 1]
+    node.args = (source, ones)
+    return len(ones) < len(dims)
 
 
 def _join_parted(editor: Editor) -> bool:
