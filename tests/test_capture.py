@@ -94,8 +94,13 @@ class Squeezed(nn.Module):
 
 @pytest.mark.parametrize("shape", [(2, 1, 3), (2, 2, 3), (1, 1, 3), (1, 2, 3)])
 def test_only_what_is_of_size_one_is_squeezed(shape: tuple[int, ...], tmp_path: Path) -> None:
-    """torch leaves alone what is not, and ONNX refuses it."""
+    """torch leaves alone what is not, and ONNX and Core AI refuse it."""
     model, x = Squeezed(), torch.randn(shape)
+    for node in capture(model, (x,)).base.graph.nodes:
+        if node.target in (torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims):
+            dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
+            assert dims and all(node.args[0].meta["val"].shape[dim] == 1 for dim in dims)
+        assert node.target is not torch.ops.aten.squeeze.default
     bundle = edgewise.export(model, tmp_path / "b", example={"x": x}, targets=["onnxruntime"])
     with edgewise.load(bundle) as loaded:
         found = list(loaded.run({"x": x.numpy()}).values())

@@ -151,12 +151,15 @@ def _drop_no_ops(editor: Editor) -> bool:
 
 
 def _squeeze_ones(node: fx.Node) -> bool:
-    """Squeeze only what is of size one, and say whether that was news: torch leaves the rest alone, and ONNX refuses it."""
-    if node.target is not aten.squeeze.dims:
+    """Squeeze only what is of size one, and say whether that was news: torch leaves the rest alone, and ONNX
+    and Core AI refuse it."""
+    if node.target not in (aten.squeeze.default, aten.squeeze.dims):
         return False
-    source, dims = cast("tuple[fx.Node, list[int]]", node.args[:2])
-    ones = [dim for dim in dims if source.meta["val"].shape[dim] == 1]
-    node.args = (source, ones)
+    source = cast(fx.Node, node.args[0])
+    shape = source.meta["val"].shape
+    dims = range(len(shape)) if node.target is aten.squeeze.default else cast("list[int]", node.args[1])
+    ones = [dim for dim in dims if shape[dim] == 1]
+    node.target, node.args = aten.squeeze.dims, (source, ones)
     return len(ones) < len(dims)
 
 
