@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,6 +14,7 @@ from edgewise.passes.graph import Editor
 from edgewise.passes.greedy_realisations import LOOP
 from edgewise.passes.infra import Pass, PassResult
 from edgewise.passes.lint import data_dependent
+from edgewise.passes.place_realisations import PLACES, joins, match_places, merge_places
 from edgewise.passes.realisations import REALISATIONS
 from edgewise.passes.trace import trace
 
@@ -37,26 +39,47 @@ class Legalise(Pass):
         self.realised = {op: REALISATIONS[op][name] for op, name in chosen.items()}
         self.whole = {op for op, name in chosen.items() if name == LOOP}
         """Ops that may stay: the target makes loops of them."""
+        self.by_place = all(chosen.get(op) == PLACES for op in ("bipartite_match", "merge"))
 
     def call(self, program: ExportedProgram) -> PassResult:
         if not any(is_compression_op(n) for n in program.graph.nodes):
             return PassResult(program, False)
         editor = Editor(program)
+        joined = self._joined(editor.graph) if self.by_place else {}
+        places: dict[fx.Node, fx.Node] = {}
         for node in list(editor.graph.nodes):
-            if is_compression_op(node):
-                self._replace(editor, node)
+            if not is_compression_op(node):
+                continue
+            if node in joined:
+                x, size, kept = node.args[:3]
+                count = kept.meta["val"].shape[1]  # type: ignore[union-attr]
+                self._replace(editor, node, merge_places, (x, size, places[joined[node]], count))
+            elif node in joined.values():
+                places[node] = self._replace(editor, node, match_places, node.args)[3]
+            else:
+                self._replace(editor, node, self.realised[op_name(node)], node.args)
         return PassResult(editor.finish(), True)
 
-    def _replace(self, editor: Editor, node: fx.Node) -> None:
+    def _joined(self, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+        """The matching of each merge that takes nothing else."""
+        found = {}
+        for node in graph.nodes:
+            if is_compression_op(node) and op_name(node) == "merge":
+                matching = node.args[2].args[0]
+                if is_compression_op(matching) and op_name(matching) == "bipartite_match" and joins(matching, node):
+                    found[node] = matching
+        return found
+
+    def _replace(self, editor: Editor, node: fx.Node, function: Callable[..., Any], given: Sequence[Any]) -> Any:
+        """Put what a function makes of `given` in the place of a node, and give its results."""
         op = op_name(node)
-        function = self.realised[op]
-        operands = [a for a in node.args if isinstance(a, fx.Node)]
-        where = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node)]
+        operands = [a for a in given if isinstance(a, fx.Node)]
+        where = [i for i, a in enumerate(given) if isinstance(a, fx.Node)]
 
         def call(*tensors: torch.Tensor) -> object:
-            args = list(node.args)
+            args = list(given)
             for i, tensor in zip(where, tensors, strict=False):
-                args[i] = tensor  # type: ignore[call-overload]
+                args[i] = tensor
             return function(*args)
 
         traced = trace(call, [n.meta["val"] for n in operands], editor.fake_mode)
@@ -70,6 +93,7 @@ class Legalise(Pass):
         else:
             node.replace_all_uses_with(made)
         editor.graph.erase_node(node)
+        return made
 
     def ensures(self, program: ExportedProgram) -> None:
         left = [n.name for n in program.graph.nodes if is_compression_op(n) and op_name(n) not in self.whole]

@@ -74,12 +74,17 @@ def rank_among(flags: Tensor) -> Tensor:
     return (flags @ until) * flags
 
 
+def unit(metric: Tensor) -> Tensor:
+    """Rows of length one, zeros where they are zeros, in at least fp32."""
+    metric = cast(metric, torch.promote_types(metric.dtype, torch.float32))
+    return metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
 def similarity(metric: Tensor, protected: int, padding: Tensor | None) -> Tensor:
     """Cosine similarity of the unprotected A against the unprotected B, in at least fp32. The protected are sliced away, so
     that no target has to handle infinities."""
     rows, columns = match.protected_split(protected)
-    metric = cast(metric, torch.promote_types(metric.dtype, torch.float32))
-    metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    metric = unit(metric)
     scores = metric[:, 2 * rows::2] @ metric[:, 2 * columns + 1::2].transpose(1, 2)
     return scores if padding is None else match.set_padding_apart(scores, padding[:, 2 * rows::2], padding[:, 2 * columns + 1::2])
 

@@ -40,9 +40,9 @@ class TensorRT(Target):
     # by comparison, which leaves no freedom. Rows are gathered.
     realisations = {
         "top_tokens": ("sort_free", "scatter"),
-        "bipartite_match": ("sort_free", "scatter"),
+        "bipartite_match": ("places", "sort_free", "scatter"),
         "take": ("topk", "scatter"),
-        "merge": ("topk", "scatter"),
+        "merge": ("places", "topk", "scatter"),
         "order_tokens": ("sort_free", "scatter"),
         "farthest_points": ("loop", "topk", "scatter"),
         "determinantal": ("loop", "topk", "scatter"),
