@@ -51,6 +51,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 @pytest.fixture
 def trt(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> TensorRT:
     """TensorRT 10.3 on an Orin, as a Jetson has it."""
+    import torch._dynamo  # noqa: F401  looks for the package of this name when it is first imported
+
     made = TensorRT(driver)
     monkeypatch.setitem(sys.modules, "tensorrt", made)  # type: ignore[arg-type]
     monkeypatch.setattr(session, "installed", lambda: True)
