@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from families import IMAGE, SMALL, spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_graphs import EVERY, check_export, check_graph
+from tiny_encoder import Encoder
 from torch import Tensor, nn
 
 import edgewise
@@ -531,6 +533,123 @@ def test_bad_parameters_name_what_is_legal(name: str, known: dict[str, Any], mes
     x = torch.randn(1, 16, 4)
     with pytest.raises(ValueError, match=message):
         apply(name, x, attention=torch.rand(1, 1, 16, 16), **known)
+
+
+# -- what padding holds
+
+PADS = sorted(name for name, entry in METHODS.items() if entry.pads)
+
+
+@pytest.mark.parametrize("protected", [0, 1])
+@pytest.mark.parametrize("name", PADS)
+def test_what_padding_holds_is_of_no_account(name: str, protected: int) -> None:
+    entry, count, generator = METHODS[name], 24 + protected, torch.Generator().manual_seed(0)
+    length = torch.tensor([13, 21]) + protected
+    padding = torch.arange(count) >= length[:, None]
+    known: dict[str, Any] = {n: torch.randn(2, count, 8, generator=generator) for n in ("tokens", "queries", "keys")}
+    if "decoder" in entry.sites:  # the tokens behind the span are real
+        known["span"] = f"{protected}:{count - 3}"
+        padding[:, -3:] = False
+    else:
+        known["protected"] = protected
+    if "weights" in entry.needs:
+        known["weights"] = {"out.weight": torch.randn(8, 8, generator=generator)} if name == "token-learner" else {
+            n: torch.randn(1 if "-" in name else 8, 8, generator=generator) if n == "queries" else torch.eye(8)
+            for n in ("queries", "k.weight", "v.weight", "out.weight")}
+        known |= {} if name == "token-learner" else {"heads": 2}
+    known |= {"text": torch.randn(2, 8, generator=generator)} if "text" in entry.needs else {}
+    known |= {"frames": 4} if "frames" in entry.needs else {}
+    known |= {"visionzip": {"context": 3}, "prumerge": {"uniform": 2, "neighbours": 4}, "window-resampler": {"window": 3},
+              "segment-topk": {"segments": 4}}.get(name, {})
+    known |= {} if name.endswith("-resampler") else {"keep": 14 if entry.halves else 8}
+
+    def compressed(fill: float) -> tuple[Tensor, list[Tensor]]:
+        given = {n: v.clone() if isinstance(v, Tensor) else v for n, v in known.items()}
+        for n in ("tokens", "queries", "keys"):
+            given[n][padding] = fill
+        made = apply(name, given.pop("tokens"), length=length, **given)
+        where = made.assignment.masked_fill(padding, -1)
+        if "weights" in entry.needs:  # every output is made of all real tokens
+            return where, list(made.tokens)
+        return where, [made.tokens[b, sorted(set(row) - {-1})] for b, row in enumerate(where.tolist())]
+
+    where, tokens = compressed(0.0)
+    assert all(t.isfinite().all() and len(t) for t in tokens)
+    for fill in (1e30, -3.0, torch.inf, torch.nan):
+        again, others = compressed(fill)
+        assert torch.equal(again, where)
+        for ours, theirs in zip(tokens, others, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_given_attention_may_hold_anything_in_padding() -> None:
+    attention, x = draw_attention("random", 2, 12, 0), draw("random", 2, 12, 4, 0)
+    other = attention.clone()
+    other[:, :, 8:], other[:, :, :, 8:] = torch.nan, torch.inf
+    for name in ("topk", "visionzip"):
+        ours, theirs = (
+            apply(name, x, keep=4, attention=a, length=torch.tensor([8, 8]), **({"context": 2} if name == "visionzip" else {}))
+            for a in (attention, other)
+        )
+        assert torch.equal(ours.kept, theirs.kept)
+
+
+SCORED = ["topk:keep=9", "topk:keep=9,score=column", "segment-topk:keep=9,segments=4", "visionzip:keep=7,context=3"]
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+def test_padding_has_no_part_in_the_softmax(spelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager and in a graph, with the model's attention fused or spelled out: as if the real tokens were alone."""
+    torch.manual_seed(3)
+    model, image = Encoder(blocks=2), torch.randn(2, 3, 32, 32)
+    for block in model.blocks:
+        block.heads = 1
+        block.qkv.weight.data *= 3
+    length = torch.tensor([30, 52])
+
+    def keys(x: Tensor, block: int) -> list[Tensor]:
+        return list(model.blocks[block].qkv(model.blocks[block].norms[0](x)).chunk(3, dim=-1))
+
+    def attended(x: Tensor, block: int) -> Tensor:
+        q, k, v = keys(x, block)
+        return x + model.blocks[block].out((q @ k.mT * 32**-0.5).softmax(-1) @ v)
+
+    def rest(x: Tensor, block: int) -> Tensor:
+        return x + model.blocks[block].down(F.gelu(model.blocks[block].up(model.blocks[block].norms[1](x))))
+
+    if spelled:
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: (q @ k.mT * 32**-0.5).softmax(-1) @ v)
+    with torch.no_grad():
+        x = model.patch(image).flatten(2).mT + model.position
+        x = torch.cat([model.token.expand(2, -1, -1), x], 1)
+        first = rest(attended(x, 0), 0)
+        program = edgewise.capture(model, (image,))
+        for spec in SCORED:
+            name, _, said = spec.partition(":")
+            known = {k: v if k == "score" else int(v) for k, v in (part.split("=") for part in said.split(","))}
+            q, k, _ = keys(first, 1)
+            second = attended(first, 1)
+            eager = apply(name, second, queries=q, keys=k, length=length, protected=1, **known)
+            for b, real in enumerate(length.tolist()):
+                alone = apply(name, second[b : b + 1, :real], queries=q[b : b + 1, :real], keys=k[b : b + 1, :real],
+                              protected=1, **known)
+                if name != "segment-topk":  # whose segments are those of the whole length
+                    torch.testing.assert_close(eager.tokens[b : b + 1], alone.tokens, rtol=1e-4, atol=1e-5)
+            wanted = 3 * model.head(rest(eager.tokens, 1)[:, 0])
+            made = edgewise.compress(program, f"{name}@encoder.block[1]:{said},length=true")
+            torch.testing.assert_close(made.module()(image, length=length), wanted, rtol=1e-4, atol=1e-4)
+        # Behind another method at its site, where the rows of the attention are those of all tokens.
+        few = apply("divprune", second, keep=20, length=length, protected=1)
+        rows = (q @ k.mT * 32**-0.5).masked_fill(torch.arange(65) >= length[:, None, None], -math.inf).softmax(-1)
+        for b, real in enumerate(length.tolist()):
+            score = rows[b, 1:real, few.kept[b, 1:]].mean(0)
+            best = [1 + i for i in np_top(score.numpy(), 9)]
+            few.tokens[b, 1:10] = few.tokens[b, best]
+        wanted = 3 * model.head(rest(few.tokens[:, :10], 1)[:, 0])
+        said = "divprune@encoder.block[1]:keep=20", "topk@encoder.block[1]:keep=9,score=column"
+        specs = [f"{spec},length=true" for spec in said]
+        made = edgewise.compress(program, *specs)
+        torch.testing.assert_close(made.module()(image, length=length), wanted, rtol=1e-4, atol=1e-4)
 
 
 # -- padding in token merging

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgewise.ops.budget import count_to_keep
 from edgewise.ops.methods import LENGTH, METHODS, TEXT, TEXT_TOKENS, Method, Tokens, read_span, with_tail
-from edgewise.ops.score import attention_rows
+from edgewise.ops.score import attention_rows, with_real, without_rows
 from edgewise.ops.weights import read_tensors
 
 
@@ -39,7 +39,8 @@ def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int 
         keep: tokens that stay besides the protected and besides those that the method makes itself (context tokens): a
             fraction (float up to 1.0) or a count (int).
         r: tokens that go; give `keep` or `r`.
-        attention: `(B, heads, Q, N)` with all query rows (`Q = N`), or only the rows that the score should use.
+        attention: `(B, heads, Q, N)` with all query rows (`Q = N`), or only the rows that the score should use. It is taken as
+            it is; that of `queries` and `keys` has no part for padding in its softmax.
         queries, keys: `(B, N, D)`; the keys are also what similarity methods compare (the tokens where not given).
         size: `(B, N, 1)`, how many original tokens each one stands for.
         text: `(T, D)` text embedding, for text-guided methods. grid: the shape of the unprotected tokens.
@@ -88,14 +89,18 @@ def apply(name: str, tokens: Tensor, *, keep: float | int | None = None, r: int 
     wanted = count_to_keep(entry, keep, r, count, protected, grid, frames, given)
     padding = None if length is None else torch.arange(count, device=tokens.device) >= length.reshape(-1, 1)
 
+    filling = None if padding is None else with_real(padding, tail)
+
     def attend(rows: slice) -> Tensor:
+        if attention is not None and attention.shape[2] != count + tail:
+            return attention[..., :count]
         if attention is not None:
-            wanted = attention if attention.shape[2] != count + tail else attention[:, :, rows]
+            wanted = attention[:, :, rows]
         elif queries is None or keys is None:
             raise ValueError(f"method {name!r} needs attention (B, heads, queries, N), or queries and keys (B, N, D)")
         else:
-            wanted = attention_rows(queries[:, None, rows], keys[:, None], keys.shape[-1] ** -0.5)
-        return wanted[..., :count]
+            wanted = attention_rows(queries[:, None, rows], keys[:, None], keys.shape[-1] ** -0.5, padding=filling)
+        return without_rows(wanted, None if filling is None else filling[:, rows])[..., :count]
 
     compared = whole if keys is None else keys
     result = entry.reduce(

@@ -5,12 +5,14 @@ import torch
 from torch import Tensor
 
 
-def attention_rows(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+def attention_rows(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None,
+                   padding: Tensor | None = None) -> Tensor:
     """Softmax attention of some query rows over all keys, in at least fp32.
 
     Args:
         queries: `(B, H, Q, D)`, the rows that are wanted. keys: `(B, G, N, D)`, where G divides H (grouped queries).
         scale: factor on the logits. bias: added to the logits (float), or True where attended (bool).
+        padding: `(B, N)`, true where a key only fills up the length: it has no part in the softmax, whatever it holds.
 
     Returns: `(B, H, Q, N)`.
     """
@@ -21,7 +23,22 @@ def attention_rows(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | N
     logits = queries @ keys.transpose(-1, -2) * scale
     if bias is not None:
         logits = logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
+    if padding is not None:
+        logits = logits.masked_fill(padding[:, None, None], -torch.inf)
     return logits.softmax(dim=-1)
+
+
+def without_rows(attention: Tensor, padding: Tensor | None) -> Tensor:
+    """Attention `(B, heads, Q, N)` with zeros in the rows that are `padding (B, Q)`, whatever they hold."""
+    return attention if padding is None else attention.masked_fill(padding[:, None, :, None], 0)
+
+
+def to_real(attention: Tensor, padding: Tensor | None) -> Tensor:
+    """Attention `(B, heads, Q, N)` as if keys that are `padding (B, N)` had had no part in its softmax."""
+    if padding is None:
+        return attention
+    attention = wide(attention).masked_fill(padding[:, None, None], 0)
+    return attention / attention.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -42,6 +59,16 @@ def attention_received(rows: Tensor, padding: Tensor | None = None) -> Tensor:
         return rows.mean(dim=(1, 2))
     real = (~padding).to(rows.dtype)[:, None]
     return (real @ rows.mean(dim=1) / real.sum(dim=-1, keepdim=True).clamp_min(1))[:, 0]
+
+
+def blank(x: Tensor, padding: Tensor | None) -> Tensor:
+    """`x (B, N, C)` with zeros in place of padding `(B, N)`: a weight of zero would not keep a NaN in it from the others."""
+    return x if padding is None else x.masked_fill(padding[:, :, None], 0)
+
+
+def with_real(padding: Tensor, tail: int) -> Tensor:
+    """`padding (B, N)` for the same tokens with `tail` real ones behind them."""
+    return torch.cat([padding, torch.zeros_like(padding[:, :1]).expand(-1, tail)], dim=1) if tail else padding
 
 
 def hide_padding(score: Tensor, padding: Tensor | None) -> Tensor:

@@ -360,6 +360,7 @@ class _Insertion:
             count = level.count
             # Compared as floats: not every runtime promotes integers of two widths.
             level.padding = self._emit(lambda n: torch.arange(count, dtype=torch.float32) >= n[:, None].float(), [length], node)
+            self.levels[0].padding = level.padding
         lost = steps[0].place.lost
         if not lost:
             return
@@ -395,7 +396,7 @@ class _Insertion:
             softmax = self.by_name[anchor.softmax.name]
             if ahead is not None:
                 operands |= self._ahead(step.place, ahead, proof)
-                crossed = self._crossed(len(self.levels) - 2, level, softmax)
+                start = len(self.levels) - 2
             else:
                 if anchor.fused:
                     given = dict(zip(("q", "k", "v", "mask"), softmax.args, strict=False)) | dict(softmax.kwargs)
@@ -403,7 +404,9 @@ class _Insertion:
                                  "mask": given.get("mask", given.get("attn_mask"))}
                 else:
                     operands["weights"] = softmax
-                crossed = self._crossed(self._level_of(softmax, proof), level, softmax)
+                start = self._level_of(softmax, proof)
+            operands["filling"] = self.levels[start].padding
+            crossed = self._crossed(start, level, softmax)
         if "keys" in needs or "queries" in needs:
             operands["keys"] = self._scored(anchor.k, anchor.key_axis, level, proof)
         if "queries" in needs:

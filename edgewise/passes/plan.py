@@ -54,7 +54,9 @@ def parse_spec(text: str) -> Spec:
 
     Raises InputError naming what is wrong, with the nearest known method or parameter.
     """
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str):
+        raise InputError(f"a compression spec is text (METHOD[@SITE][:key=value,...]), and this is {type(text).__name__}")
+    if not text.strip():
         raise InputError("an empty compression spec: give METHOD[@SITE][:key=value,...], for example tome:keep=0.5")
     # The colon between method and parameters is the first one outside of brackets: a site may be block[2:6].
     head, tail = (*re.split(r":(?![^\[]*\])", text.strip(), maxsplit=1), "")[:2]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from edgewise.ops.methods import Reduced, Tokens, with_tail
 from edgewise.ops.reduce import take
-from edgewise.ops.score import attention_rows
+from edgewise.ops.score import attention_rows, to_real, with_real, without_rows
 from edgewise.passes.analysis import Stream
 from edgewise.passes.anchors import Anchor
 from edgewise.passes.plan import Step
@@ -35,8 +35,8 @@ def reduced(step: Step, anchor: Anchor, stream: Stream, given: Mapping[str, Tens
 
     `given` holds the tokens `x`, their `size` and `padding`, the `keys` and `queries` with their heads apart, the `text`, the
     weights of the method by name, the `order` of the tokens if they are not in that of the sequence, the tokens as they were
-    `first`, and the attention as `q`, `k` and `mask` or as `weights`. `crossed` are the tokens that were kept since that attention
-    ran.
+    `first`, and the attention as `q`, `k` and `mask` or as `weights`, with the padding of its tokens as `filling`. `crossed` are
+    the tokens that were kept since that attention ran.
     """
     x = given["x"]
     assert x is not None
@@ -94,9 +94,11 @@ class _Attention:
         if self.lost and not (self.has_class and rows == slice(0, 1)):
             # Rows are counted from the first token of the site, which was not the first of the attention.
             rows = slice((rows.start or 0) + self.lost, None if rows.stop is None else rows.stop + self.lost)
-        weights, q, k, mask = (self.given.get(name) for name in ("weights", "q", "k", "mask"))
+        weights, q, k, mask, filling = (self.given.get(name) for name in ("weights", "q", "k", "mask", "filling"))
+        if filling is not None:
+            filling = with_real(_until(filling, filling.shape[1] - self.tail), self.tail)
         if weights is not None:
-            attention = _heads(weights, self.batch)[:, :, rows]
+            attention = to_real(_heads(weights, self.batch)[:, :, rows], filling)
         else:
             assert q is not None and k is not None
             if mask is not None:
@@ -107,7 +109,8 @@ class _Attention:
                 count = q.shape[-2]
                 mask = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()[rows]
             keys = _heads(k, self.batch, self.anchor.transposed_k)
-            attention = attention_rows(_heads(q, self.batch)[:, :, rows], keys, self.anchor.scale, mask)
+            attention = attention_rows(_heads(q, self.batch)[:, :, rows], keys, self.anchor.scale, mask, filling)
+        attention = without_rows(attention, None if filling is None else filling[:, rows])
         for kept in self.crossed:
             attention = take(attention, kept, 3, 0)
         return attention[..., :attention.shape[-1] - self.tail] if self.tail else attention

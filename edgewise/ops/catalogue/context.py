@@ -12,7 +12,7 @@ from edgewise.ops.match import first_best
 from edgewise.ops.methods import KEEP, Parameter, Reduced, Tokens, assign, drop, method
 from edgewise.ops.order import order_tokens, rank_tokens
 from edgewise.ops.reduce import divisor, take
-from edgewise.ops.score import attention_received, attention_rows, hide_padding, unit, wide
+from edgewise.ops.score import attention_received, attention_rows, blank, hide_padding, unit, wide, without_rows
 from edgewise.ops.select import mark, top_tokens
 
 Grid = tuple[int, ...]
@@ -110,7 +110,7 @@ def _zip(t: Tokens, score: Tensor, keep: int, context: int, groups: int) -> Redu
     if size is not None:
         weight = weight * size.to(weight.dtype).transpose(1, 2)
     total = weight.sum(dim=-1, keepdim=True)
-    mean = weight @ wide(x) / divisor(total)
+    mean = weight @ blank(wide(x), padding) / divisor(total)
     contexts = (wide(take(x, targets, 1, 0)) + mean).to(x.dtype)
     tokens = _behind(t.tokens, t.protected, together(torch.cat([take(x, best, 1, 0), contexts], dim=1)))
     if size is not None and t.size is not None:
@@ -182,7 +182,7 @@ def _prumerge(t: Tokens, keep: int, uniform: int = 0, neighbours: int = 32, **_:
     taken = mark(kept, t.free)
     x, metric = wide(t.tokens[:, t.protected:]), unit(t.keys[:, t.protected:])
     attention = (attention if padding is None else attention.masked_fill(padding, 0)).to(x.dtype)
-    own = take(x, kept, 1, 0)
+    own, x = take(x, kept, 1, 0), blank(x, padding)
     near = min(neighbours, t.free - 1)
     if near:
         similar = take(metric, kept, 1, 0) @ metric.transpose(1, 2)
@@ -201,10 +201,10 @@ def _single_head(t: Tokens) -> Tensor:
     if t.queries is None or t.keys is None:
         return importance(t, "auto")
     rows = t.queries[:, :1] if t.has_class and t.protected else t.queries[:, t.protected:]
-    seen = None if t.padding is None else ~t.padding[:, None, None]
-    attention = attention_rows(rows[:, None], t.keys[:, None], t.keys.shape[-1] ** -0.5, seen)
+    attention = attention_rows(rows[:, None], t.keys[:, None], t.keys.shape[-1] ** -0.5, padding=t.padding)
     every = t.padding is not None and not (t.has_class and t.protected)
-    return attention_received(attention, t.padding[:, t.protected:] if every and t.padding is not None else None)
+    padding = t.padding[:, t.protected:] if every and t.padding is not None else None
+    return attention_received(without_rows(attention, padding), padding)
 
 
 def _uniform(score: Tensor, padding: Tensor | None, keep: int, uniform: int) -> Tensor:
@@ -261,11 +261,12 @@ def _trim(t: Tokens, keep: int, **_: Any) -> Reduced:
     score = -(compared @ t.text.to(compared.dtype).transpose(0, 1)).mean(dim=-1)
     kept = top_tokens(hide_padding(score, t.padding)[:, t.protected:], keep, 0)
     taken = mark(kept, t.free)
-    real = ~taken if t.padding is None else ~taken & ~t.padding[:, t.protected:]
+    padding = None if t.padding is None else t.padding[:, t.protected:]
+    real = ~taken if padding is None else ~taken & ~padding
     x = t.tokens[:, t.protected:]
     weight = real[:, None].to(wide(x).dtype)
     weight = weight if t.size is None else weight * t.size[:, t.protected:].to(weight.dtype).transpose(1, 2)
     total = weight.sum(dim=-1, keepdim=True)
-    mean = weight @ wide(x) / divisor(total)
+    mean = weight @ blank(wide(x), padding) / divisor(total)
     tokens = _behind(t.tokens, t.protected, torch.cat([take(x, kept, 1, 0), mean.to(x.dtype)], dim=1))
     return _with_rest(t, tokens, kept + t.protected, taken)

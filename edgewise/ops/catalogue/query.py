@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
 from edgewise.ops.methods import KEEP, Parameter, Reduced, Tokens, method
+from edgewise.ops.score import blank
 from edgewise.ops.start import Start, Weight, place_logits, spread, windows
 
 Grid = tuple[int, ...]
@@ -35,7 +36,7 @@ class _Parts:
 
     @property
     def tokens(self) -> Tensor:
-        return self.fold(self.t.tokens, 0)
+        return self.fold(blank(self.t.tokens, self.t.padding), 0)
 
     @property
     def padding(self) -> Tensor | None:
@@ -70,11 +71,12 @@ def _learner_start(tokens: Tensor, keep: int, grid: Grid | None, parameters: Map
 def _token_learner(t: Tokens, keep: int, **_: Any) -> Reduced:
     weights = _checked(t, keep, "token-learner", ("out.weight",), ("norm.weight", "norm.bias", "in.weight", "in.bias", "out.bias"))
     parts = _Parts(t, 1, t.free)
-    h = _normed(parts.tokens, weights)
+    x = parts.tokens
+    h = _normed(x, weights)
     if "in.weight" in weights:
         h = gelu(linear(h, weights["in.weight"], weights.get("in.bias")))
     logits = linear(h, weights["out.weight"], weights.get("out.bias")).transpose(1, 2)
-    return _learned(parts, _shares(parts, logits) @ parts.tokens)
+    return _learned(parts, _shares(parts, logits) @ x)
 
 
 def _resampler_start(tokens: Tensor, keep: int, grid: Grid | None, parameters: Mapping[str, Any]) -> Start:

@@ -10,7 +10,7 @@ from edgewise.ops.match import bipartite_match, represent
 from edgewise.ops.methods import KEEP, Parameter, Reduced, Tokens, assign, drop, method
 from edgewise.ops.order import order_tokens
 from edgewise.ops.reduce import divisor, merge_real, take
-from edgewise.ops.score import hide_padding, unit
+from edgewise.ops.score import blank, hide_padding, unit
 from edgewise.ops.select import top_tokens
 
 R = Parameter("r", None, "tokens merged away at every block, or a list [r0,r1,...] with one number for each block")
@@ -99,8 +99,8 @@ def _largest_norm(t: Tokens, merged: Tensor, kept: Tensor, src: Tensor, into: Te
 def _dpcknn(t: Tokens, keep: int, k: int = 5, **_: Any) -> Reduced:
     x = t.tokens[:, t.protected:]
     batch, count, width = x.shape
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     padding = None if t.padding is None else t.padding[:, t.protected:]
+    wide = blank(x.to(torch.promote_types(x.dtype, torch.float32)), padding)
     real = None if padding is None else ~padding
     distance = _distances(wide) / width ** 0.5
     between = distance if real is None else distance.masked_fill(~(real[:, :, None] & real[:, None, :]), 0.0)
@@ -126,7 +126,7 @@ def _dpcknn(t: Tokens, keep: int, k: int = 5, **_: Any) -> Reduced:
     if t.size is not None:
         share = share * t.size[:, t.protected:].to(wide.dtype).transpose(1, 2)
     if padding is not None:
-        share, wide = share.masked_fill(padding[:, None, :], 0), wide.masked_fill(padding[:, :, None], 0)
+        share = share.masked_fill(padding[:, None, :], 0)
     total = share.sum(dim=-1, keepdim=True)
     weight = share / (total if padding is None else divisor(total))
     tokens, size = (weight @ wide).to(x.dtype), total.to(x.dtype)
