@@ -13,7 +13,7 @@ from conftest import Cli
 from torch import nn
 
 import edgewise
-from edgewise.calibration.control import Candidate, keep_metric, parse_drop
+from edgewise.calibration.control import PROBES, Candidate, keep_metric, parse_drop
 from edgewise.calibration.data import Port, open_source
 from edgewise.calibration.metric import accuracy
 from edgewise.calibration.samples import Samples, survey
@@ -306,6 +306,19 @@ def test_constant_data(artifacts: Artifacts, target: str, tmp_path: Path) -> Non
         assert np.isfinite(session.run({"x": data()["x"][:2]})["output"]).all()
 
 
+def test_a_metric_that_counts_errors_may_not_rise() -> None:
+    harm = {"a": 0.01, "b": 0.5, "c": 0.0, "d": 0.06}
+
+    def make(floating: object) -> Candidate:
+        error = sum(cost for layer, cost in harm.items() if layer not in floating)  # type: ignore[operator]
+        return Candidate(lambda probe: {"logits": np.array([[1.0, error]], np.float32)}, 100, lambda: 0.2 + error)
+
+    found = keep_metric(list(harm), make, [None], 0.02, errors=True)
+    assert [one.layer for one in found.floating] == ["b", "d"] and found.reference == 0.2
+    assert found.before == pytest.approx(0.77) and found.after == pytest.approx(0.21)
+    assert not keep_metric(list(harm), make, [None], 0.6, errors=True).floating
+
+
 class TestAccuracyControl:
     """Layers as numbers: an artifact is right on as many samples as its layers in floating point allow."""
 
@@ -321,9 +334,9 @@ class TestAccuracyControl:
                 right = feed["x"][0, 0] >= wrong
                 return {"logits": np.array([[1.0, wrong / 100] if right else [0.0, 1.0]], np.float32)}
 
-            return Candidate(run, 100)
+            return Candidate(run, 100, lambda: accuracy(run, held_out))
 
-        found = keep_metric(list(harm), make, accuracy, held_out, max_drop)
+        found = keep_metric(list(harm), make, list(held_out.first(PROBES)), max_drop)
         return [one.layer for one in found.floating], found.after
 
     def test_nothing_is_put_back_where_the_metric_holds(self) -> None:

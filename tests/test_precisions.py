@@ -89,12 +89,13 @@ def test_it_runs_as_a_whole(mixed: edgewise.Bundle, cli: Cli, tmp_path: Path) ->
     ("known", "fault"),
     [
         ({"precision": "fp16,vision_encoder=w8a8"}, "unknown component 'vision_encoder': did you mean 'audio_encoder'"),
-        ({"precision": "w8a8"}, "w8a8 of prefill needs statistics, and calibration data is for audio_encoder alone"),
         ({"precision": "audio_encoder=w9"}, "w9"),
         ({"skip_quant": ["*fc2*"]}, "write ROLE/PATTERN with one of audio_encoder, prefill, decode"),
         ({"precision": "audio_encoder=w8a8", "skip_quant": ["decode/*fc2*"]}, "decode is not quantised, but fp32"),
         ({"skip_quant": ["decode/nothing"]}, "no layer of the openvino artifact matches 'nothing'"),
-        ({"max_drop": 0.01}, "accuracy control .* one component"),
+        ({"max_drop": 0.01}, "no known texts, and accuracy control measures word error rate: give a table"),
+        ({"max_drop": 0.01, "calibration": {**sounds(), "texts": np.array(["?!"] * 8)}}, "without words"),
+        ({"precision": "fp16,audio_encoder=w8a8", "targets": ["coreml"], "max_drop": 0.01}, "statistics of audio_encoder alone"),
         ({"calibration": None}, "w8a8 needs calibration data"),
     ],
 )

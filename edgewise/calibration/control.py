@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from edgewise.calibration.metric import Metric, Run
-from edgewise.calibration.samples import Samples
 from edgewise.errors import InputError
 
 PROBES = 8
@@ -18,10 +17,11 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Candidate:
-    """An artifact with some layers in floating point: how it runs, and its bytes."""
+    """An artifact with some layers in floating point: how it runs on a probe, its bytes, and its metric."""
 
-    run: Run
+    run: Callable[[Any], Mapping[str, np.ndarray]]
     bytes: int
+    measure: Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -61,28 +61,32 @@ def parse_drop(text: str | float) -> float:
 def keep_metric(
     layers: Sequence[str],
     make: Callable[[Collection[str]], Candidate],
-    metric: Metric,
-    held_out: Samples,
+    probes: Sequence[Any],
     max_drop: float,
     tell: Tell = lambda text: None,
+    *,
+    errors: bool = False,
 ) -> Controlled:
-    """Find the layers that have to stay in floating point so that `metric` on `held_out` is at most `max_drop` below that of the
-    artifact in which none is quantised.
+    """Find the layers that have to stay in floating point so that the metric is at most `max_drop` below that of the artifact in
+    which none is quantised; or above, if it counts `errors`.
 
-    `make`: an artifact with these layers in floating point, which runs until the next is made. A layer is the more sensitive,
-    the more the outputs change when it alone is quantised; the least number of the most sensitive layers is found by bisection.
+    `make`: an artifact with these layers in floating point, which runs until the next is made; the first has them all. A layer is
+    the more sensitive, the more the outputs of the probes change when it alone is quantised; the least number of the most sensitive
+    layers is found by bisection.
     """
     everything = tuple(layers)
     tell("measure the metric before quantisation")
     plain = make(everything)
-    reference = metric(plain.run, held_out)
-    probes = held_out.first(PROBES)
+    reference = plain.measure()
     wanted = [dict(plain.run(feed)) for feed in probes]
     tell("measure the metric with every layer quantised")
-    before = metric(make(()).run, held_out)
-    # A count of correct samples over their number is exact to this much.
-    least = reference - max_drop - 1e-9
-    if before >= least:
+    before = make(()).measure()
+
+    def holds(value: float) -> bool:
+        # A count of correct samples over their number is exact to this much.
+        return (value - reference if errors else reference - value) <= max_drop + 1e-9
+
+    if holds(before):
         return Controlled(reference, before, before, (), 2)
     found = []
     for number, layer in enumerate(everything):
@@ -94,8 +98,8 @@ def keep_metric(
     while high - low > 1:
         middle = (low + high) // 2
         tell(f"measure the metric with {middle} of {len(ranked)} layers in floating point")
-        metrics[middle] = metric(make([one.layer for one in ranked[:middle]]).run, held_out)
-        low, high = (low, middle) if metrics[middle] >= least else (middle, high)
+        metrics[middle] = make([one.layer for one in ranked[:middle]]).measure()
+        low, high = (low, middle) if holds(metrics[middle]) else (middle, high)
     return Controlled(reference, before, metrics[high], tuple(ranked[:high]), 1 + len(metrics), tuple(ranked))
 
 

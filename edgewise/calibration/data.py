@@ -37,22 +37,27 @@ Ports = Mapping[str, Port]
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample: inputs without the batch dimension, its class or text where it has one, where it is from, and what was done to
-    make it fit."""
+    """One sample: inputs without the batch dimension, its class or text where it has one (of a `question` the answer), where it is
+    from, and what was done to make it fit."""
 
     inputs: dict[str, np.ndarray]
     label: int | None = None
     text: str | None = None
     where: str = ""
     notes: tuple[str, ...] = ()
+    question: str | None = None
 
 
 class Source(ABC):
-    """Samples by number. `name` is what the user wrote; `labelled` and `texts` say whether every sample has a class, or a text."""
+    """Samples by number. `name` is what the user wrote; `labelled`, `texts` and `questions` say whether every sample has a class,
+    a text, or a question."""
 
     name: str
     labelled: bool = False
     texts: bool = False
+    questions: bool = False
+    apart: Source | None = None
+    """Where metrics are measured, if not on other samples of this one."""
     unlabelled = "an array 'labels', a column 'label', or a folder for each class"
     """What data of this kind that has no labels lacks, for messages."""
     notes: tuple[str, ...] = ()
@@ -78,18 +83,20 @@ class Source(ABC):
 
 @dataclass
 class Arrays(Source):
-    """Arrays by input name, `(samples, *shape)`, with `labels (samples,)` or texts."""
+    """Arrays by input name, `(samples, *shape)`, with `labels (samples,)` or texts, and questions."""
 
     name: str
     arrays: Mapping[str, np.ndarray]
     labels: np.ndarray | None = None
     text: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    asked: tuple[str, ...] | None = None
     labelled: bool = field(init=False)
     texts: bool = field(init=False)
+    questions: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.labelled, self.texts = self.labels is not None, self.text is not None
+        self.labelled, self.texts, self.questions = self.labels is not None, self.text is not None, self.asked is not None
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
@@ -100,13 +107,14 @@ class Arrays(Source):
     def _read(self, index: int) -> Sample:
         label = None if self.labels is None else int(self.labels[index])
         text = None if self.text is None else self.text[index]
-        return Sample({k: v[index] for k, v in self.arrays.items()}, label, text, self.where(index))
+        question = None if self.asked is None else self.asked[index]
+        return Sample({k: v[index] for k, v in self.arrays.items()}, label, text, self.where(index), question=question)
 
 
 @dataclass
 class Items(Source):
-    """Items of Python: each a mapping of arrays by input name (with or without a batch dimension of 1), an array, or a pair of
-    one of these and a label or a text."""
+    """Items of Python: each a mapping of arrays by input name (with or without a batch dimension of 1), an array, a pair of one of
+    these and a label or a text, or one of these with a question and its answer."""
 
     name: str
     items: tuple[Any, ...]
@@ -114,10 +122,13 @@ class Items(Source):
     notes: tuple[str, ...] = ()
     labelled: bool = field(init=False)
     texts: bool = field(init=False)
+    questions: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        kinds = {type(self._parts(item)[1]) for item in self.items}
+        parts = [self._parts(item) for item in self.items]
+        kinds = {type(target) for _, target, _ in parts}
         self.labelled, self.texts = kinds == {int}, kinds == {str}
+        self.questions = all(question is not None for _, _, question in parts)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -125,15 +136,21 @@ class Items(Source):
     def where(self, index: int) -> str:
         return f"item {index} of {self.name}"
 
-    def _parts(self, item: Any) -> tuple[Any, int | str | None]:
+    def _parts(self, item: Any) -> tuple[Any, int | str | None, str | None]:
+        """Inputs, a label or a text, and a question."""
         if not isinstance(item, tuple):
-            return item, None
+            return item, None, None
+        if len(item) == 3 and all(isinstance(one, str) for one in item[1:]):
+            return item[0], item[2], item[1]
         if len(item) != 2 or not isinstance(item[1], (int, str, np.integer)):
-            raise InputError(f"an item of {self.name} is a tuple, and so has to be of inputs and a label or a text")
-        return item[0], item[1] if isinstance(item[1], str) else int(item[1])
+            raise InputError(
+                f"an item of {self.name} is a tuple, and so has to be of inputs and a label or a text, or of inputs, a question "
+                "and its answer"
+            )
+        return item[0], item[1] if isinstance(item[1], str) else int(item[1]), None
 
     def _read(self, index: int) -> Sample:
-        value, target = self._parts(self.items[index])
+        value, target, question = self._parts(self.items[index])
         if not isinstance(value, Mapping):
             if len(self.ports) != 1:
                 raise InputError(f"{self.where(index)} is no mapping, and the model has inputs {', '.join(self.ports)}")
@@ -147,7 +164,7 @@ class Items(Source):
                 array = array[0]
             inputs[name] = fitted(array, name, port, self.where(index))
         text = target if isinstance(target, str) else None
-        return Sample(inputs, target if isinstance(target, int) else None, text, self.where(index))
+        return Sample(inputs, target if isinstance(target, int) else None, text, self.where(index), question=question)
 
 
 def fitted(array: np.ndarray, name: str, port: Port, where: str) -> np.ndarray:
@@ -165,8 +182,9 @@ def open_source(
     """Open data for a model with these inputs.
 
     `src`: `demo:NAME`; a folder of images, recordings or videos, or of one such folder for each class; a `.csv`, `.tsv` or `.jsonl`
-    manifest with a column `file` and one of `label` and `text`; an `.npz` or `.safetensors` of arrays by input name, with `labels`
-    or `texts` of all samples; or, in Python, a mapping of such arrays, or an iterable (see `Items`).
+    manifest with a column `file` and one of `label` and `text`, or `question` and `answer`; an `.npz` or `.safetensors` of arrays
+    by input name, with `labels` or `texts` of all samples, or `questions` and `answers`; or, in Python, a mapping of such arrays,
+    or an iterable (see `Items`).
 
     `preprocessing`: the constants of the model's processor. `classes`: names of the model's classes by number.
 
@@ -223,18 +241,22 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
 
 def _split(name: str, arrays: dict[str, np.ndarray]) -> Arrays:
     """Arrays with the labels or texts taken out."""
-    labels, texts = arrays.pop("labels", None), arrays.pop("texts", None)
+    labels, texts, asked = arrays.pop("labels", None), arrays.pop("texts", None), arrays.pop("questions", None)
+    texts = arrays.pop("answers", texts)
     if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
         raise InputError(f"{name}: labels must be whole numbers (samples,), not {labels.dtype} {labels.shape}")
-    if texts is not None and (texts.ndim != 1 or texts.dtype.kind not in "US"):
-        raise InputError(f"{name}: texts must be strings (samples,), not {texts.dtype} {texts.shape}")
-    known = {**arrays, **({} if labels is None else {"labels": labels}), **({} if texts is None else {"texts": texts})}
+    words = {kind: array for kind, array in (("texts", texts), ("questions", asked)) if array is not None}
+    for kind, array in words.items():
+        if array.ndim != 1 or array.dtype.kind not in "US":
+            raise InputError(f"{name}: {kind} must be strings (samples,), not {array.dtype} {array.shape}")
+    known = {**arrays, **({} if labels is None else {"labels": labels}), **words}
     counts = {k: len(v) if v.ndim else 0 for k, v in known.items()}
     if len(set(counts.values())) > 1:
         raise InputError(f"{name}: the arrays have different numbers of samples: {counts}")
     if 0 in counts.values():
         raise InputError(f"{name} has no samples")
-    return Arrays(name, arrays, labels, None if texts is None else tuple(str(t) for t in texts))
+    said = {kind: tuple(str(one) for one in array) for kind, array in words.items()}
+    return Arrays(name, arrays, labels, said.get("texts"), asked=said.get("questions"))
 
 
 def _checked(source: Arrays, ports: Ports) -> Arrays:
@@ -251,4 +273,4 @@ def _checked(source: Arrays, ports: Ports) -> Arrays:
         if not np.can_cast(array.dtype, port.dtype, "same_kind"):
             raise InputError(f"{source.name}: {name} is {array.dtype}, and the model takes {port.dtype}")
         arrays[name] = array.astype(port.dtype, copy=False)
-    return Arrays(source.name, arrays, source.labels, source.text, source.notes)
+    return Arrays(source.name, arrays, source.labels, source.text, source.notes, source.asked)

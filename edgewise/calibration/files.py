@@ -21,11 +21,12 @@ _MOST_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Item:
-    """A file (of a video: or a folder of frames), its class or its text."""
+    """A file (of a video: or a folder of frames), its class or its text, and what is asked about it."""
 
     path: Path
     label: int | None = None
     text: str | None = None
+    question: str | None = None
 
 
 @dataclass
@@ -40,10 +41,12 @@ class Files(Source):
     notes: tuple[str, ...] = ()
     labelled: bool = field(init=False)
     texts: bool = field(init=False)
+    questions: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.labelled = all(item.label is not None for item in self.items)
         self.texts = all(item.text is not None for item in self.items)
+        self.questions = all(item.question for item in self.items)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -57,7 +60,7 @@ class Files(Source):
         ((name, port),) = self.ports.items()
         media = load(item.path, port.shape[1:], self.preprocessing)
         array = fitted(media.array, name, port, str(item.path))
-        return Sample({name: array}, item.label, item.text, str(item.path), media.notes)
+        return Sample({name: array}, item.label, item.text, str(item.path), media.notes, item.question)
 
 
 def open_files(path: Path, ports: Ports, preprocessing: Mapping[str, Any], classes: Mapping[int, str] | None) -> Source:
@@ -138,10 +141,18 @@ def _manifest(path: Path, names: Mapping[str, int]) -> Iterator[Item]:
         where = f"{path}, line {line}"
         if not row.get(column):
             raise InputError(f"{where}: there is no {column}")
-        text_given = row.get("text")
-        if text_given is not None and not isinstance(text_given, str):
-            raise InputError(f"{where}: the text {text_given!r} is no string")
-        yield Item(path.parent / str(row[column]), _label(row.get("label"), names, where), text_given)
+        said, question = (_words(row, columns, where) for columns in (("text", "answer"), ("question",)))
+        yield Item(path.parent / str(row[column]), _label(row.get("label"), names, where), said, question)
+
+
+def _words(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> str | None:
+    """What the first of these columns that a row has says."""
+    column = next((name for name in columns if row.get(name) is not None), None)
+    if column is None:
+        return None
+    if not isinstance(row[column], str):
+        raise InputError(f"{where}: the {column} {row[column]!r} is no string")
+    return str(row[column])
 
 
 def _table(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

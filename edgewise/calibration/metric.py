@@ -11,7 +11,6 @@ from edgewise.errors import InputError
 
 Run = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 """What a session does: outputs by name from inputs by name."""
-Metric = Callable[[Run, Samples], float]
 
 
 def accuracy(run: Run, samples: Samples) -> float:

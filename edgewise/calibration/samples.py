@@ -22,8 +22,8 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class Samples:
-    """Good samples of a source, by number, with their labels or texts. Iterating reads them anew: feeds of the batch size, the
-    last of which is filled up with the last sample. `digest`: SHA-256 of all inputs, labels and texts; `notes`: what was odd."""
+    """Good samples of a source, by number, with their labels or texts, and questions. Iterating reads them anew: feeds of the batch
+    size, the last of which is filled up with the last sample. `digest`: SHA-256 of all that they hold; `notes`: what was odd."""
 
     source: Source
     ports: Ports
@@ -32,6 +32,7 @@ class Samples:
     texts: tuple[str, ...] | None
     digest: str
     notes: tuple[str, ...] = ()
+    questions: tuple[str, ...] | None = None
 
     @property
     def batch(self) -> int:
@@ -58,9 +59,14 @@ class Samples:
     def first(self, count: int) -> Samples:
         """Some of the samples, spread evenly."""
         rows = spread(self.count, count)
-        labels = None if self.labels is None else self.labels[rows]
-        texts = None if self.texts is None else tuple(self.texts[row] for row in rows)
-        return replace(self, indices=tuple(self.indices[row] for row in rows), labels=labels, texts=texts)
+        return self.only(rows)
+
+    def only(self, rows: Sequence[int]) -> Samples:
+        """Some of them, by their places among these."""
+        labels = None if self.labels is None else self.labels[list(rows)]
+        texts, questions = (None if known is None else tuple(known[row] for row in rows) for known in (self.texts, self.questions))
+        indices = tuple(self.indices[row] for row in rows)
+        return replace(self, indices=indices, labels=labels, texts=texts, questions=questions)
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -77,6 +83,7 @@ def survey(source: Source, ports: Ports, indices: Sequence[int]) -> Samples:
     good: list[int] = []
     labels: list[int] = []
     texts: list[str] = []
+    questions: list[str] = []
     bad: list[str] = []
     odd: Counter[str] = Counter()
     for index in indices:
@@ -91,11 +98,14 @@ def survey(source: Source, ports: Ports, indices: Sequence[int]) -> Samples:
             array = sample.inputs[name]
             digest.update(f"{name} {array.dtype} {array.shape} ".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
-        digest.update(f"{sample.label!r} {sample.text!r}\n".encode())
+        asked = "" if sample.question is None else f" {sample.question!r}"
+        digest.update(f"{sample.label!r} {sample.text!r}{asked}\n".encode())
         if sample.label is not None:
             labels.append(sample.label)
         if sample.text is not None:
             texts.append(sample.text)
+        if sample.question is not None:
+            questions.append(sample.question)
     named = "; ".join(bad[:_NAMED]) + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
     if not good:
         raise InputError(f"{source.name}: none of {len(indices)} samples can be used: {named}")
@@ -115,6 +125,7 @@ def survey(source: Source, ports: Ports, indices: Sequence[int]) -> Samples:
         tuple(texts) if source.texts else None,
         digest.hexdigest(),
         tuple(notes),
+        tuple(questions) if source.questions else None,
     )
 
 
@@ -123,18 +134,21 @@ def calibration_and_held_out(
 ) -> tuple[Samples, Samples | None]:
     """Samples for statistics, and `held_out` others for a metric (0: none; fewer where there are fewer).
 
-    Both are spread evenly over the source. Raises `InputError` if there are too few for both.
+    Both are spread evenly over the source, or the others over the one that it has for them. Raises `InputError` if there are too
+    few for both.
     """
-    total = len(source)
-    if held_out and total < 2:
+    total, apart = len(source), source.apart
+    if held_out and total < 2 and apart is None:
         raise InputError(f"{source.name} has one sample, and an accuracy needs others than those of the calibration")
-    chosen = spread(total, min(samples, total // 2) if held_out else samples)
+    chosen = spread(total, min(samples, total // 2) if held_out and apart is None else samples)
     made = survey(source, ports, chosen)
     if made.count < FEW:
         note = f"{source.name}: statistics of {made.count} samples are rough; {FEW} or more are better"
         made = replace(made, notes=(*made.notes, note))
     if not held_out:
         return made, None
+    if apart is not None:
+        return made, survey(apart, ports, spread(len(apart), held_out))
     rest = _others(total, chosen)
     return made, survey(source, ports, [rest[i] for i in spread(len(rest), held_out)])
 

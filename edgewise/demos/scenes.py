@@ -74,12 +74,15 @@ class Example:
 
 def examples(split: str, count: int = TEST) -> Iterator[Example]:
     """The first `count` examples of the split "test" or "train": a scene each, the kinds of question in turn."""
-    for index in range(count):
-        random, things, image = scene(split, index)
-        turn = (ask(random, things, KINDS[(index + later) % len(KINDS)]) for later in range(len(KINDS)))
-        found = next(question for question in turn if question is not None)
-        prompt = PROMPT.format(question=found.text)
-        yield Example(image, found.text, prompt, found.answer, found.kind)
+    return (example(split, index) for index in range(count))
+
+
+def example(split: str, index: int) -> Example:
+    """Example `index` of a split. There are more of each than are ever counted to it."""
+    random, things, image = scene(split, index)
+    turn = (ask(random, things, KINDS[(index + later) % len(KINDS)]) for later in range(len(KINDS)))
+    found = next(question for question in turn if question is not None)
+    return Example(image, found.text, PROMPT.format(question=found.text), found.answer, found.kind)
 
 
 def scene(split: str, index: int) -> tuple[np.random.RandomState, list[Thing], np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save as save_tensors
 from torch import Tensor, nn
 
-from edgewise.bundle.manifest import Artifact, Calibration, Component, Manifest, ModelInfo, TensorInfo
+from edgewise.bundle.manifest import Artifact, Component, Manifest, ModelInfo, Quantisation, TensorInfo
 from edgewise.bundle.manifest import Site as ManifestSite
 from edgewise.calibration.pixels import Pixels
 from edgewise.errors import CheckFailed
@@ -30,6 +30,7 @@ from edgewise.passes.flops import total_flops
 from edgewise.passes.legalise import Legalise
 from edgewise.passes.program import Program
 from edgewise.passes.program import compress as insert
+from edgewise.verify.ladder import Rung
 from edgewise.version import __version__
 
 ATTEMPTS = 6
@@ -78,6 +79,8 @@ def build_program(job: Job, program: Program, folder: Path) -> tuple[Manifest, P
     role, precisions = program.role.partition(".")[0], parse_precisions(job.recipe.precision)
     precisions.check([role])
     job.precision = precisions.of(role)
+    if job.later is not None:
+        return _make(job, program, folder, job.later.place)
     with tempfile.TemporaryDirectory(prefix="edgewise-") as place:
         return _make(job, program, folder, Path(place))
 
@@ -90,7 +93,7 @@ def _make(job: Job, program: Program, folder: Path, place: Path) -> tuple[Manife
         digest = aside.submit(job.weights.of_program, program.base)
         job.step("compress")
         compressed = insert(program, *job.recipe.compress)
-        data = gather(job.wish, job.source, compressed)
+        data = gather(job.wish, job.source, compressed, job.check)
         samples = take_samples(job, compressed)
         running = aside.submit(run_programs, compressed, steps, samples)
         stored = rounded(compressed.exported) if job.halves else compressed.exported
@@ -108,7 +111,11 @@ def _make(job: Job, program: Program, folder: Path, place: Path) -> tuple[Manife
         except NearTie:
             job.rungs.clear()
             job.done -= 1
-    artifacts = [_quantised(job, low, data, samples, folder) for low in lowered]
+    if job.later is None:
+        artifacts = [_quantised(job, low, data, samples, folder) for low in lowered]
+    else:
+        artifacts = [low.artifact for low in lowered]
+        job.later.lowered, job.later.samples, job.later.data = lowered, samples, data
     job.step("write the bundle")
     return _manifest(job, compressed, weights_digest, samples, ran.base, wanted, artifacts, data, folder), compressed
 
@@ -123,6 +130,16 @@ def _quantised(job: Job, low: Lowered, data: Data | None, samples: list[dict[str
     role = low.artifact.role
     files, record, notes = quantise(low.target, low.files, precision, job.wish, data, place, role, job.tell, job.leaders)
     job.notes += notes
+    artifact, rung = described(low, files, precision, record, samples, folder)
+    job.rungs.append(rung)
+    return artifact
+
+
+def described(
+    low: Lowered, files: Sequence[Path], precision: str, record: Quantisation, samples: list[dict[str, Tensor]], folder: Path
+) -> tuple[Artifact, Rung]:
+    """The artifact that was quantised of a lowered one, and the rung that compares them. Raises CheckFailed for values that are not
+    finite."""
     artifact = low.artifact.model_copy(
         update={
             "precision": precision,
@@ -133,10 +150,10 @@ def _quantised(job: Job, low: Lowered, data: Data | None, samples: list[dict[str
         }
     )
     before, after = (outputs_of(low.target, files, samples) for files in (low.files, files))
-    job.rungs.append(judge(artifact.label, low.artifact.label, "quantisation", before, after))
-    if not all(errors.finite for errors in job.rungs[-1].outputs.values()):
+    rung = judge(artifact.label, low.artifact.label, "quantisation", before, after)
+    if not all(errors.finite for errors in rung.outputs.values()):
         raise CheckFailed(f"{artifact.label}: the quantised artifact gives values that are not finite. Nothing was written")
-    return artifact
+    return artifact, rung
 
 
 def _meaning(name: str, program: Program, pixels: Pixels | None) -> str:
@@ -198,9 +215,7 @@ def _manifest(
         preprocessing=job.source.preprocessing,
         targets=tuple(artifacts),
         verification=tuple(job.rungs),
-        calibration=None
-        if data is None
-        else Calibration(data=data.samples.source.name, samples=data.samples.count, digest=data.samples.digest),
+        calibration=None if data is None else data.described,
         notes=(
             *job.source.notes,
             *program.notes,

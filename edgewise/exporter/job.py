@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from edgewise.calibration.pixels import Pixels
 from edgewise.errors import CheckFailed
 from edgewise.exporter.cache import Cache
 from edgewise.exporter.digest import Weights
 from edgewise.exporter.precisions import DEFAULT
-from edgewise.exporter.quantise import Wish
+from edgewise.exporter.quantise import Check, Data, Wish, with_classes
 from edgewise.exporter.recipe import Recipe
 from edgewise.exporter.run import Outputs
 from edgewise.exporter.sources import Source
@@ -21,8 +24,21 @@ from edgewise.verify import ladder
 from edgewise.verify.bundle import batched
 from edgewise.verify.ladder import Rung
 
+if TYPE_CHECKING:
+    from edgewise.exporter.lowering import Lowered
+
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and what is done now."""
+
+
+@dataclass
+class Later:
+    """Artifacts that wait to be quantised: they lie in `place`; with the inputs that they were verified on, and the data."""
+
+    place: Path
+    lowered: list[Lowered] = field(default_factory=list)
+    samples: list[dict[str, Tensor]] = field(default_factory=list)
+    data: Data | None = None
 
 
 @dataclass
@@ -42,6 +58,10 @@ class Job:
     """Of the component that is built."""
     leaders: dict[str, Quantiser] = field(default_factory=dict)
     pixels: Pixels | None = None
+    check: Check = with_classes
+    """What its data is checked for."""
+    later: Later | None = None
+    """Set, if what is to be quantised is left as it was lowered, for whoever quantises all components together."""
     done: int = 0
 
     def step(self, text: str) -> None:

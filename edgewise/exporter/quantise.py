@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from edgewise.bundle.manifest import Floating, Quantisation
-from edgewise.calibration.control import Candidate, Controlled, Sensitivity, Tell, keep_metric
+from edgewise.bundle.manifest import Calibration, Floating, Quantisation
+from edgewise.calibration.control import PROBES, Candidate, Controlled, Sensitivity, Tell, keep_metric
 from edgewise.calibration.metric import accuracy
 from edgewise.calibration.samples import DEFAULT_SAMPLES, Samples, calibration_and_held_out
 from edgewise.errors import InputError
@@ -81,6 +81,10 @@ class Data:
     """Values of the inputs that compression added to the program, which no data has."""
 
     @property
+    def described(self) -> Calibration:
+        return Calibration(data=self.samples.source.name, samples=self.samples.count, digest=self.samples.digest)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         return (*self.samples.notes, *(self.held_out.notes if self.held_out is not None else ()))
 
@@ -100,17 +104,27 @@ class _Fed:
         return ({**feed, **self.added} for feed in self.samples)
 
 
-def gather(wish: Wish, source: Source, program: Program) -> Data | None:
+Check = Callable[[Samples, Samples | None], Samples | None]
+"""Raises `InputError` if samples for statistics, and others for a metric, lack what they are for; gives of the others those that
+the metric can be measured on."""
+
+
+def with_classes(samples: Samples, held_out: Samples | None) -> Samples | None:
+    """What an accuracy is measured on."""
+    if held_out is not None and held_out.labels is None:
+        raise InputError(f"{samples.source.name} has no labels, and accuracy control measures an accuracy: give labelled data")
+    return held_out
+
+
+def gather(wish: Wish, source: Source, program: Program, check: Check = with_classes) -> Data | None:
     """Open and look at the data; None if none is wanted. Raises `InputError`."""
     if wish.data is None:
         return None
     opened, ports = open_for(wish.data, program, source), ports_of(program)
     wanted = 0 if wish.max_drop is None else HELD_OUT
     samples, held_out = calibration_and_held_out(opened, ports, wish.samples, wanted)
-    if held_out is not None and held_out.labels is None:
-        raise InputError(f"{opened.name} has no labels, and accuracy control measures an accuracy: give labelled data")
     added = {k: program.inputs[k].numpy() for k in program.added}
-    return Data(samples, held_out, added)
+    return Data(samples, check(samples, held_out), added)
 
 
 def skipped(layers: Sequence[str], patterns: Sequence[str], target: str) -> list[str]:
@@ -149,36 +163,47 @@ def quantise(
         controlled = _control(target, quantiser, kept, data, wish.max_drop, tell)
     floating = [one.layer for one in controlled.floating] if controlled is not None else []
     written = target.finish(quantiser.write(folder, stem, [*kept, *floating]))
-    return written, _record(quantiser, kept, data, controlled), tuple(f"{target.name}: {note}" for note in quantiser.notes)
+    return written, record_of(quantiser, kept, data, controlled), tuple(f"{target.name}: {note}" for note in quantiser.notes)
 
 
 def _control(
     target: Target, quantiser: Quantiser, kept: Sequence[str], data: Data, max_drop: float, tell: Tell
 ) -> Controlled:
-    assert data.held_out is not None
+    held_out = data.held_out
+    assert held_out is not None
     with tempfile.TemporaryDirectory(prefix="edgewise-") as place, ExitStack() as last:
 
         def make(floating: Collection[str]) -> Candidate:
             last.close()  # one artifact is loaded at a time
             written = quantiser.write(Path(place), "candidate", [*kept, *floating])
             session = last.enter_context(target.rehearse(written))
-            return Candidate(lambda feed: session.run({**feed, **data.added}), sum(one.stat().st_size for one in written))
+
+            def run(feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+                return session.run({**feed, **data.added})
+
+            return Candidate(run, sum(one.stat().st_size for one in written), lambda: accuracy(run, held_out))
 
         free = [layer for layer in quantiser.layers if layer not in kept]
-        return keep_metric(free, make, accuracy, data.held_out, max_drop, tell)
+        return keep_metric(free, make, list(held_out.first(PROBES)), max_drop, tell)
 
 
-def _record(
-    quantiser: Quantiser, kept: Sequence[str], data: Data | None, controlled: Controlled | None
+def record_of(
+    quantiser: Quantiser,
+    kept: Sequence[str],
+    data: Data | None,
+    controlled: Controlled | None,
+    metric: str = "accuracy",
+    own: Callable[[Sensitivity], Sensitivity | None] = lambda one: one,
 ) -> Quantisation:
+    """What the manifest says of it. `own`: what of a sensitivity is of this artifact, where several were controlled together."""
     made = Quantisation(layers=len(quantiser.layers), skipped=tuple(kept))
     if controlled is None or data is None or data.held_out is None:
         return made
     return made.model_copy(
         update={
-            "floating": _layers(controlled.floating),
-            "sensitivity": _layers(controlled.ranked),
-            "metric": "accuracy",
+            "floating": _layers([one for one in map(own, controlled.floating) if one is not None]),
+            "sensitivity": _layers([one for one in map(own, controlled.ranked) if one is not None]),
+            "metric": metric,
             "held_out": data.held_out.count,
             "unquantised": controlled.reference,
             "all_quantised": controlled.before,

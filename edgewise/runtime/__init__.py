@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from edgewise.bundle import Bundle
 from edgewise.runtime.generate import Generation
@@ -41,9 +42,14 @@ def load(
 
 
 def load_pipeline(
-    bundle: Bundle, target: str | None = None, precision: str | None = None, threads: int | None = None
+    bundle: Bundle,
+    target: str | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
+    sessions: Mapping[str, Session] | None = None,
 ) -> GenerativePipeline:
-    """Load all components of a bundle's pipeline. Raises InputError where it has none, and as `load` does."""
+    """Load all components of a bundle's pipeline, or take these `sessions` of them. Raises InputError where it has none, and as
+    `load` does."""
     from edgewise.runtime.audio_language import AudioLanguage
     from edgewise.runtime.speech import Speech
     from edgewise.runtime.vision_language import VisionLanguage
@@ -53,4 +59,4 @@ def load_pipeline(
     pipeline = bundle.manifest.pipeline
     GenerativePipeline.check(bundle)
     assert pipeline is not None
-    return kinds[pipeline.kind](bundle, target, precision, threads)
+    return kinds[pipeline.kind](bundle, target, precision, threads, sessions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from edgewise.bundle import Bundle
@@ -23,14 +23,20 @@ class GenerativePipeline(ABC):
     kind: ClassVar[str]
 
     def __init__(
-        self, bundle: Bundle, target: str | None = None, precision: str | None = None, threads: int | None = None
+        self,
+        bundle: Bundle,
+        target: str | None = None,
+        precision: str | None = None,
+        threads: int | None = None,
+        sessions: Mapping[str, Session] | None = None,
     ) -> None:
+        """`sessions`: of all components by their roles, instead of those that the bundle has."""
         self.check(bundle)
         assert bundle.manifest.pipeline is not None
         self.bundle, self.description = bundle, bundle.manifest.pipeline
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[str, Session] = dict(sessions or {})
         try:
-            for role in self.description.order:
+            for role in () if sessions else self.description.order:
                 self.sessions[role] = load_session(bundle, target, role, precision, threads)
         except BaseException:
             self.close()

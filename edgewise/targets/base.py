@@ -218,6 +218,10 @@ class Feeds(Protocol):
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
 
 
+Ranges = Mapping[str, np.ndarray]
+"""The largest absolute value of each channel `(inputs,)` of what a layer reads, by the layer's name."""
+
+
 class Quantiser(ABC):
     """A lowered artifact whose layers can be quantised, all of them or some."""
 
@@ -267,6 +271,8 @@ class Target(ABC):
     """The precision of the lowered artifact that these are made of."""
     quantiser_requirements: ClassVar[tuple[Requirement, ...]] = ()
     """Packages that `quantiser` needs besides the others."""
+    has_ranges: ClassVar[bool] = False
+    """Whether artifacts that share weights can be quantised alike (`ranges`)."""
     ahead_of_time: ClassVar[bool] = False
     """Whether it can build for a device that is not there (`for_devices`)."""
     devices: tuple[str, ...] = ()
@@ -366,12 +372,20 @@ class Target(ABC):
         the target cannot lower the program.
         """
 
-    def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
+    def quantiser(
+        self, files: Sequence[Path], precision: str, feeds: Feeds | None, ranges: Ranges | None = None
+    ) -> Quantiser:
         """What quantises an artifact of this target, lowered at `quantises_from`, to one of `quantises`.
 
-        `feeds`: what statistics are gathered of; `w8a16` and `w4a16` need none. Raises `InputError`.
+        `feeds`: what statistics are gathered of; `w8a16` and `w4a16` need none. `ranges`: of all artifacts that share the weights
+        of linear layers (see `ranges`), which are smoothed by these, and so are quantised to the same in each. Raises `InputError`.
         """
         raise InputError(f"target {self.name} does not quantise to {precision}")
+
+    def ranges(self, files: Sequence[Path], feeds: Feeds) -> Ranges:
+        """Of the linear layers of a lowered artifact, over all feeds. Only where `has_ranges`. Raises `InputError` for values that
+        are not finite."""
+        raise NotImplementedError(f"target {self.name} gathers no ranges")
 
     def finish(self, files: Sequence[Path]) -> list[Path]:
         """What is done with a quantised artifact that will be shipped, and not with those that are only tried: checks, and what is

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -22,3 +22,12 @@ def smoothing(largest: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
     known = (largest > 0) & (weight > 0)
     scale[known] = np.clip(largest[known] ** STRENGTH / weight[known] ** (1 - STRENGTH), 1e-4, 1e4)
     return scale
+
+
+def joined(*known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The largest absolute value of each channel by the layer that reads it, over all of several."""
+    found: dict[str, np.ndarray] = {}
+    for one in known:
+        for name, largest in one.items():
+            found[name] = np.maximum(found[name], largest) if name in found else largest
+    return found

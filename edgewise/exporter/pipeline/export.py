@@ -53,7 +53,7 @@ def media_of(source: Source) -> Media | None:
 
 def build_pipeline(job: Job, folder: Path) -> Manifest:
     """Build all of a bundle but its manifest file."""
-    return _Build(job, folder).run()
+    return _Build(job, folder).build()
 
 
 class _Build(Build):
@@ -62,6 +62,10 @@ class _Build(Build):
         media = media_of(self.job.source)
         assert media is not None
         return media
+
+    @property
+    def kind(self) -> str:
+        return self.media.kind
 
     @property
     def order(self) -> tuple[str, ...]:

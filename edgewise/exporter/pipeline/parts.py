@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgewise.bundle.manifest import Manifest
+from edgewise.bundle.manifest import FileInfo, Manifest
 from edgewise.bundle.pipeline import CacheLayer, Pipeline
+from edgewise.bundle.reader import Bundle, digest
 from edgewise.errors import InputError
 from edgewise.exporter.capture import evaluating, quiet
 from edgewise.exporter.component import build_component, finish
-from edgewise.exporter.job import Job
+from edgewise.exporter.job import Job, Later
+from edgewise.exporter.pipeline.asking import TASKS
+from edgewise.exporter.pipeline.quantise import quantise_together
 from edgewise.exporter.precisions import parse_precisions
 from edgewise.exporter.quantise import Wish, needs_data
 from edgewise.exporter.sources import Source
@@ -36,6 +41,17 @@ class Build:
     folder: Path
     parts: list[Manifest] = field(default_factory=list)
     programs: list[Program] = field(default_factory=list)
+    later: dict[str, Later] = field(default_factory=dict)
+
+    def build(self) -> Manifest:
+        """All of a bundle but its manifest file."""
+        with tempfile.TemporaryDirectory(prefix="edgewise-") as place:
+            self.place = Path(place)
+            return self.run()
+
+    def run(self) -> Manifest:
+        """`build`, where what is quantised together is lowered to `place`."""
+        raise NotImplementedError
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -46,15 +62,17 @@ class Build:
         """Raise `InputError` for precisions, data and layers that do not fit the components: before the model runs."""
         precisions, wish, chosen = parse_precisions(self.job.recipe.precision), self.job.wish, self.job.chosen
         precisions.check(self.order)
-        for role in self.order[1:]:
-            precision = precisions.of(role)
-            if needs_data(precision, chosen):
+        if self.together and self.job.recipe.images > 1:
+            raise InputError(
+                "a decoder is calibrated with one image at a time: leave --images out, or leave --max-drop out and statistics to "
+                f"the encoder (--precision w8a16,{self.order[0]}=w8a8)"
+            )
+        for target in chosen if self.together else ():
+            if not target.has_ranges:
                 raise InputError(
-                    f"precision {precision} of {role} needs statistics, and calibration data is for {self.order[0]} alone: give "
-                    f"another one, as in --precision w8a16,{self.order[0]}={precision}"
+                    f"target {target.name} gathers statistics of {self.order[0]} alone: leave --max-drop out, and give the other "
+                    f"components a precision without statistics (--precision fp16,{self.order[0]}=w8a8)"
                 )
-        if wish.max_drop is not None:
-            raise InputError("accuracy control (--max-drop) is for a model of one component")
         for pattern in wish.skip:
             role, slash, _ = pattern.partition("/")
             if not slash or role not in self.order:
@@ -64,6 +82,19 @@ class Build:
                 )
             if not any(precisions.of(role) in target.quantises for target in chosen):
                 raise InputError(f"layers to skip {pattern!r}: {role} is not quantised, but {precisions.of(role)}")
+
+    @property
+    def kind(self) -> str:
+        """The kind of pipeline (see `Pipeline`)."""
+        raise NotImplementedError
+
+    @cached_property
+    def together(self) -> bool:
+        """Whether the components are quantised together, once all are lowered: statistics are of the decoder too, or accuracy is
+        controlled."""
+        precisions = parse_precisions(self.job.recipe.precision)
+        data = any(needs_data(precisions.of(role), self.job.chosen) for role in self.order[1:])
+        return data or self.job.wish.max_drop is not None
 
     def component(self, role: str, source: Source, specs: Sequence[str] = (), room: int = 0) -> Program:
         """Export one component, as if it were all of a bundle. `room`: slots for new tokens, the last ones of its caches."""
@@ -76,6 +107,9 @@ class Build:
         chosen = [target.for_caches(caches) for target in whole.chosen] if caches else whole.chosen
         part = Job(recipe, source, chosen, None, whole.cache, whole.weights, wish=self._wish(role, precision))
         turn = self.order.index(role)
+        if self.together:
+            self.later[role] = part.later = Later(self.place)
+            part.check = TASKS[self.kind].check
         if whole.progress is not None:
             tell, steps = whole.progress, len(self.order)
             part.progress = lambda done, total, text: tell(turn * total + done, steps * total, f"{role}: {text}")
@@ -88,11 +122,40 @@ class Build:
         """What of the wish is for one component."""
         wish = self.job.wish
         skip = tuple(pattern.removeprefix(f"{role}/") for pattern in wish.skip if pattern.startswith(f"{role}/"))
-        return Wish(wish.data if needs_data(precision, self.job.chosen) else None, wish.samples, skip)
+        first = self.together and role == self.order[0]
+        wanted = first or (not self.together and needs_data(precision, self.job.chosen))
+        return Wish(wish.data if wanted else None, wish.samples, skip, wish.max_drop if first else None)
+
+    def _quantised(self, pipeline: Pipeline) -> tuple[str, ...]:
+        """Quantise all components together, and note it in their parts; gives what was odd."""
+        files = {} if pipeline.tokenizer is None else {pipeline.tokenizer: self.folder / pipeline.tokenizer}
+        manifest = self.parts[0].model_copy(
+            update={
+                "components": tuple(c for part in self.parts for c in part.components),
+                "pipeline": pipeline,
+                "preprocessing": self.job.source.preprocessing,
+                "files": {name: FileInfo(sha256=digest(path), bytes=path.stat().st_size) for name, path in files.items()},
+            }
+        )
+        precisions, steps = parse_precisions(self.job.recipe.precision), len(self.order) * (5 + len(self.job.chosen))
+        by_role = {role: precisions.of(role) for role in self.order}
+        wishes = {role: self._wish(role, precision) for role, precision in by_role.items()}
+        progress = self.job.progress
+
+        def tell(text: str) -> None:
+            if progress is not None:
+                progress(steps, steps, text)
+
+        made = quantise_together(Bundle(self.folder, manifest), self.later, by_role, wishes, TASKS[self.kind], tell)
+        for i, (role, part) in enumerate(zip(self.order, self.parts, strict=True)):
+            rungs = (*part.verification, *made.rungs.get(role, ()))
+            self.parts[i] = part.model_copy(update={"targets": tuple(made.artifacts[role]), "verification": rungs})
+        return made.notes
 
     def joined(self, seam: Rung, pipeline: Pipeline, model: nn.Module) -> Manifest:
         """One manifest of all components, with `seam`, the rung that compares them with the whole model; writes what a bundle has
         once."""
+        odd = self._quantised(pipeline) if self.together else ()
         first = self.parts[0]
         digests = "".join(part.model.weights_digest for part in self.parts)
         rungs = [seam]
@@ -117,7 +180,7 @@ class Build:
                 "targets": tuple(a for part in self.parts for a in part.targets),
                 "verification": tuple(rungs),
                 "notes": tuple(
-                    dict.fromkeys((*self.job.source.notes, *(n for part in self.parts for n in part.notes)))
+                    dict.fromkeys((*self.job.source.notes, *(n for part in self.parts for n in part.notes), *odd))
                 ),
                 "golden": {role: path for part in self.parts for role, path in part.golden.items()},
             }

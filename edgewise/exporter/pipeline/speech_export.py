@@ -56,10 +56,12 @@ def is_pipeline(source: Source) -> bool:
 
 def build_pipeline(job: Job, folder: Path) -> Manifest:
     """Build all of a bundle but its manifest file."""
-    return _Build(job, folder).run()
+    return _Build(job, folder).build()
 
 
 class _Build(Build):
+    kind = "speech"
+
     @property
     def order(self) -> tuple[str, ...]:
         return ORDER

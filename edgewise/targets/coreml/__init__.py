@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from edgewise.errors import MissingExtra, unknown
-from edgewise.targets.base import Cache, Feeds, Quantiser, Requirement, Session, Target, Tolerance
+from edgewise.targets.base import Cache, Feeds, Quantiser, Ranges, Requirement, Session, Target, Tolerance
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -109,7 +109,9 @@ class CoreML(Target):
 
         return join(parts, Path(folder) / f"{stem}.mlpackage")
 
-    def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
+    def quantiser(
+        self, files: Sequence[Path], precision: str, feeds: Feeds | None, ranges: Ranges | None = None
+    ) -> Quantiser:
         from edgewise.targets.coreml.quantise import CoreMLQuantiser
 
         self.check()

@@ -8,7 +8,7 @@ stay in floating point. The form is the one that ONNX Runtime fuses and that Ten
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,29 @@ class Ranges:
             self.largest[name] = np.maximum(self.largest[name], value) if name in self.largest else value
 
 
+def factors(layers: Iterable[Layer], weights: Mapping[str, np.ndarray], shared: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What each source of linear layers is multiplied by, by ranges of all models that share their weights: of all layers that read
+    it, whichever of them are quantised."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.source, []).append(layer)
+    known = {
+        source: np.max([shared[one.name] for one in group], axis=0).astype(np.float32)
+        for source, group in groups.items()
+        if all(one.name in shared for one in group)
+    }
+    return {source: _factor(groups[source], weights, largest) for source, largest in known.items()}
+
+
+def _factor(group: Sequence[Layer], weights: Mapping[str, np.ndarray], largest: np.ndarray) -> np.ndarray:
+    """What smooths a source whose channels have these largest values: ones, unless all that read it are linear layers."""
+    if any(layer.op == "Conv" for layer in group):
+        return np.ones_like(largest)
+    matrices = [np.moveaxis(weights[one.weight], one.outputs, 0).astype(np.float32) for one in group]
+    factor = 1 / smoothing(largest, matrices)
+    return factor.astype(weights[group[0].weight].dtype).astype(np.float32)  # what it is rounded to is undone by the weights
+
+
 def quantised(
     model: onnx.ModelProto,
     weights: Weights,
@@ -98,8 +121,10 @@ def quantised(
     bits: int,
     ranges: Mapping[str, np.ndarray] | None = None,
     form: Form = FORM,
+    factors: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[onnx.ModelProto, Weights]:
-    """A copy of a model with the weights of `layers` quantised to `bits`, and, with `ranges`, their activations to 8.
+    """A copy of a model with the weights of `layers` quantised to `bits`, and, with `ranges`, their activations to 8. `factors`:
+    what each source is multiplied by to smooth it (see `factors`), where that does not follow from the ranges.
 
     Scales have the type of the weights, which is that of the layer's values in a model that is strongly typed.
     """
@@ -111,7 +136,7 @@ def quantised(
         groups.setdefault(layer.source, []).append(layer)
     for source, group in groups.items():
         if ranges is not None:
-            change.smooth(source, group, ranges[source])
+            change.smooth(source, group, ranges[source], None if factors is None else factors.get(source))
         for layer in group:
             change.weight(layer, bits)
     return change.finish()
@@ -129,16 +154,13 @@ class _Change:
         self._smoothed: dict[str, np.ndarray] = {}
         self._four_bits = False
 
-    def smooth(self, source: str, group: list[Layer], largest: np.ndarray) -> None:
-        """Let a group of layers read the source in 8 bits, its channels scaled so that none needs a much wider range than
-        others."""
+    def smooth(self, source: str, group: list[Layer], largest: np.ndarray, factor: np.ndarray | None) -> None:
+        """Let a group of layers read the source in 8 bits, its channels scaled by `factor`, or so that none needs a much wider
+        range than others."""
         kind = self.weights[group[0].weight].dtype
         largest = largest.astype(np.float32)
-        factor = np.ones_like(largest)
-        if all(layer.op != "Conv" for layer in group):
-            matrices = [np.moveaxis(self.weights[one.weight], one.outputs, 0).astype(np.float32) for one in group]
-            factor = 1 / smoothing(largest, matrices)
-            factor = factor.astype(kind).astype(np.float32)  # what it is rounded to is undone by the weights
+        if factor is None:
+            factor = _factor(group, self.weights, largest)
         first, smoothed = group[0], source
         if not (factor == 1).all():
             if not self._scale_norm(source, group, factor):

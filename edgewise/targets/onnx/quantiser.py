@@ -12,8 +12,10 @@ import onnxruntime
 
 from edgewise.errors import InputError
 from edgewise.targets.base import Feeds, Quantiser
+from edgewise.targets.base import Ranges as LayerRanges
 from edgewise.targets.onnx.lower import Weights, write
-from edgewise.targets.onnx.quantise import FORM, Form, Layer, Ranges, find_layers, quantised
+from edgewise.targets.onnx.quantise import FORM, Form, Layer, Ranges, factors, find_layers, quantised
+from edgewise.targets.scales import joined
 
 Store = Callable[[onnx.ModelProto, Weights], Weights]
 """Changes how a model stores the weights that are not quantised, and gives them."""
@@ -31,7 +33,9 @@ class Kind:
 class OnnxQuantiser(Quantiser):
     """See `Target.quantiser`."""
 
-    def __init__(self, files: Sequence[Path], precision: str, feeds: Feeds | None, kind: Kind) -> None:
+    def __init__(
+        self, files: Sequence[Path], precision: str, feeds: Feeds | None, kind: Kind, shared: LayerRanges | None = None
+    ) -> None:
         self._kind = kind
         self._model = onnx.load(str(files[0]))
         self._weights: Weights = {one.name: onnx.numpy_helper.to_array(one) for one in self._model.graph.initializer}
@@ -48,6 +52,7 @@ class OnnxQuantiser(Quantiser):
             if silent:
                 names = ", ".join(layer.name for layer in silent[:3])
                 notes.append(f"the inputs of {len(silent)} layers are zero on all samples, and stay in floating point: {names}")
+        self._factors = None if shared is None else factors(self._layers, self._weights, shared)
         unfit = [layer for layer in self._layers if not kind.form.takes(self._weights[layer.weight], layer, self._bits)]
         if unfit:
             self._layers = [layer for layer in self._layers if layer not in unfit]
@@ -62,9 +67,20 @@ class OnnxQuantiser(Quantiser):
 
     def write(self, folder: Path, stem: str, floating: Collection[str] = ()) -> list[Path]:
         chosen = [layer for layer in self._layers if layer.name not in floating]
-        model, weights = quantised(self._model, self._weights, chosen, self._bits, self._ranges, self._kind.form)
+        model, weights = quantised(
+            self._model, self._weights, chosen, self._bits, self._ranges, self._kind.form, self._factors
+        )
         folder.mkdir(parents=True, exist_ok=True)
         return write(model, self._kind.store(model, weights), folder / f"{stem}.onnx", self._kind.target)
+
+
+def ranges(path: Path, feeds: Feeds, target: str) -> LayerRanges:
+    """See `Target.ranges`."""
+    model = onnx.load(str(path))
+    weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    layers = [layer for layer in find_layers(model, weights) if layer.op != "Conv"]
+    largest = _ranges(path, layers, feeds, target)
+    return joined(*({layer.name: largest[layer.source]} for layer in layers))
 
 
 def _ranges(path: Path, layers: Sequence[Layer], feeds: Feeds, target: str) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgewise.targets.base import Feeds, Quantiser, Requirement, Session, Target
+from edgewise.targets.base import Feeds, Quantiser, Ranges, Requirement, Session, Target
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -28,6 +28,7 @@ class OnnxRuntime(Target):
     )
     precisions = ("fp32", "fp16", "w8a16", "w8a8", "w4a16")
     quantises = ("w8a16", "w8a8", "w4a16")
+    has_ranges = True
     realisations = {
         "top_tokens": ("topk", "sort_free", "scatter"),
         "bipartite_match": ("topk", "sort_free", "scatter"),
@@ -54,12 +55,19 @@ class OnnxRuntime(Target):
         self.check_precision(precision)
         return lower(exported, folder, stem, precision, input_names, output_names)
 
-    def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
+    def quantiser(
+        self, files: Sequence[Path], precision: str, feeds: Feeds | None, ranges: Ranges | None = None
+    ) -> Quantiser:
         from edgewise.targets.onnx.quantiser import Kind, OnnxQuantiser
         from edgewise.targets.onnxruntime.lower import halve
 
         self.check()
-        return OnnxQuantiser(files, precision, feeds, Kind(self.name, store=halve))
+        return OnnxQuantiser(files, precision, feeds, Kind(self.name, store=halve), ranges)
+
+    def ranges(self, files: Sequence[Path], feeds: Feeds) -> Ranges:
+        from edgewise.targets.onnx.quantiser import ranges
+
+        return ranges(files[0], feeds, self.name)
 
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
         from edgewise.targets.onnxruntime.session import OnnxRuntimeSession

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgewise.targets.base import Feeds, Quantiser, Requirement, Session, Target
+from edgewise.targets.base import Feeds, Quantiser, Ranges, Requirement, Session, Target
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -29,6 +29,7 @@ class OpenVino(Target):
     quantiser_requirements = (
         Requirement("nncf", minimum="3.4.0", tested="3.4.0", extra="calibration", runtime=False),
     )
+    has_ranges = True
     realisations = {
         "top_tokens": ("topk", "sort_free", "scatter"),
         "bipartite_match": ("topk", "sort_free", "scatter"),
@@ -55,11 +56,18 @@ class OpenVino(Target):
         self.check_precision(precision)
         return lower(exported, folder, stem, precision, input_names, output_names)
 
-    def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
+    def quantiser(
+        self, files: Sequence[Path], precision: str, feeds: Feeds | None, ranges: Ranges | None = None
+    ) -> Quantiser:
         from edgewise.targets.openvino.quantise import quantiser
 
         self.check(precision=precision)
-        return quantiser(files, precision, feeds)
+        return quantiser(files, precision, feeds, ranges)
+
+    def ranges(self, files: Sequence[Path], feeds: Feeds) -> Ranges:
+        from edgewise.targets.openvino.smooth import ranges
+
+        return ranges(files[0], feeds)
 
     def load(self, files: Sequence[Path], *, threads: int | None = None) -> Session:
         from edgewise.targets.openvino.session import OpenVinoSession

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from edgewise.errors import InputError
-from edgewise.targets.base import Feeds, Quantiser, layer_of
+from edgewise.targets.base import Feeds, Quantiser, Ranges, layer_of
 from edgewise.targets.openvino.lower import graphs, halve, number_nodes, save
+from edgewise.targets.openvino.smooth import smooth
 from edgewise.targets.scales import STRENGTH
 
 GROUP = 32
@@ -28,14 +29,14 @@ _QUANTISE = "FakeQuantize"
 _MOVES = ("Convert", "Gather", "Reshape", "Slice", "Squeeze", "StridedSlice", "Transpose", "Unsqueeze", "VariadicSplit")
 
 
-def quantiser(files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
+def quantiser(files: Sequence[Path], precision: str, feeds: Feeds | None, ranges: Ranges | None) -> Quantiser:
     """See `Target.quantiser`."""
     import openvino
 
     model = openvino.Core().read_model(files[0])
     if precision == "w8a8":
         assert feeds is not None
-        return _Activations(model, feeds)
+        return _Activations(model, feeds, ranges)
     return _Weights(model, 8 if precision == "w8a16" else 4)
 
 
@@ -101,14 +102,16 @@ class _Weights(_OpenVino):
 
 class _Activations(_OpenVino):
     """Weights and activations of 8 bits. NNCF smooths the activations' outliers into the weights (SmoothQuant: Xiao et al., arXiv
-    2211.10438)."""
+    2211.10438); or it is done here, by `ranges` that are not of this model alone."""
 
-    def __init__(self, model: Any, feeds: Feeds) -> None:
+    def __init__(self, model: Any, feeds: Feeds, ranges: Ranges | None) -> None:
         super().__init__(model)
         nncf = _nncf()
         if not self.layers:
             self._fake = model
             return
+        if ranges is not None:
+            smooth(model, ranges)
         # The weights stay beside their quantisation until the model is written, so that a layer can be put back.
         # For the same reason biases are not corrected.
         advanced = nncf.AdvancedQuantizationParameters(
@@ -116,7 +119,8 @@ class _Activations(_OpenVino):
             disable_bias_correction=True,
             # CPUs without instructions for products of 8 bits add pairs of them in 16 bits, which overflow.
             overflow_fix=nncf.OverflowFix.ENABLE,
-            smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=STRENGTH),
+            smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=STRENGTH if ranges is None else -1),
+            **({} if ranges is None else _widest()),
         )
         with _quiet(), _named("gather statistics"):
             self._fake = nncf.quantize(
@@ -138,7 +142,15 @@ class _Activations(_OpenVino):
             if layer_of(node.get_friendly_name()) in floating:
                 _put_back(node)
         compress_quantize_weights_transformation(model)
+        _keep_ranks(model)
         return model
+
+
+def _widest() -> dict[str, Any]:
+    """Settings of NNCF by which activations keep the range of all that was seen. It takes the mean of the feeds' ranges else, which
+    cuts off much of a decoder's: a step feeds a single token, and half of the tokens are larger than the mean."""
+    estimators = importlib.import_module("nncf.quantization.range_estimator")
+    return {"activations_range_estimator_params": estimators.RangeEstimatorParametersSet.MINMAX}
 
 
 def _put_back(layer: Any) -> None:
@@ -147,6 +159,31 @@ def _put_back(layer: Any) -> None:
         source = port.get_source_output().get_node()
         if source.get_type_name() == _QUANTISE:
             port.replace_source_output(source.input_value(0))
+
+
+def _keep_ranks(model: Any) -> None:
+    """Let an index behind a layer take a slice of one, whose dimension is taken off then: where OpenVINO moves the scale of a
+    product of 8 bits behind a single index, the dimension stays."""
+    from openvino import opset13 as opset
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Gather" or not _is_layers(node.input_value(0).get_node()):
+            continue
+        index, axis = node.input_value(1).get_node(), node.input_value(2).get_node()
+        if index.get_type_name() == "Constant" and not len(node.input(1).get_shape()):
+            users = list(node.output(0).get_target_inputs())
+            sliced = opset.gather(node.input_value(0), opset.constant(index.data.reshape(1)), axis.output(0))
+            single = opset.squeeze(sliced, axis.output(0))
+            for port in users:
+                port.replace_source_output(single.output(0))
+
+
+def _is_layers(node: Any) -> bool:
+    """Whether a value is that of a layer, with its bias or without."""
+    if node.get_type_name() == "Add":
+        sources = [value.get_node() for value in node.input_values()]
+        return any(_is_layers(source) for source in sources if source.get_type_name() != "Add")
+    return layer_of(node.get_friendly_name()) is not None
 
 
 def _check(model: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgewise.errors import MissingExtra
-from edgewise.targets.base import Feeds, Quantiser, Requirement, Session, Target, Tolerance
+from edgewise.targets.base import Feeds, Quantiser, Ranges, Requirement, Session, Target, Tolerance
 from edgewise.targets.tensorrt import rtx
 from edgewise.targets.tensorrt import session as device_session
 
@@ -38,6 +38,7 @@ class TensorRT(Target):
     quantises_from = "fp16"
     # TensorRT does not say which of equal values its TopK takes first, and takes no more than 3840 of them: choices are made
     # by comparison, which leaves no freedom. Rows are gathered.
+    has_ranges = True
     realisations = {
         "top_tokens": ("sort_free", "scatter"),
         "bipartite_match": ("places", "sort_free", "scatter"),
@@ -102,16 +103,23 @@ class TensorRT(Target):
         files, origins = lower(exported, folder, stem, precision, input_names, output_names)
         return self._checked(files, origins)
 
-    def quantiser(self, files: Sequence[Path], precision: str, feeds: Feeds | None) -> Quantiser:
+    def quantiser(
+        self, files: Sequence[Path], precision: str, feeds: Feeds | None, ranges: Ranges | None = None
+    ) -> Quantiser:
         from edgewise.targets.onnx.quantiser import Kind, OnnxQuantiser
         from edgewise.targets.tensorrt.capabilities import FOUR_BITS_NEED
         from edgewise.targets.tensorrt.precision import FOUR_BITS
 
         self.check()
-        quantiser = OnnxQuantiser(files, precision, feeds, Kind(self.name, FOUR_BITS))
+        quantiser = OnnxQuantiser(files, precision, feeds, Kind(self.name, FOUR_BITS), ranges)
         if precision == "w4a16":
             quantiser.notes += (FOUR_BITS_NEED,)
         return quantiser
+
+    def ranges(self, files: Sequence[Path], feeds: Feeds) -> Ranges:
+        from edgewise.targets.onnx.quantiser import ranges
+
+        return ranges(files[0], feeds, self.name)
 
     def finish(self, files: Sequence[Path]) -> list[Path]:
         """Parsed by NVIDIA's parser where that is installed, and built for the devices."""
