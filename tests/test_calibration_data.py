@@ -13,8 +13,10 @@ from PIL import Image
 
 from edgewise import demos
 from edgewise.calibration.data import Port, open_source
+from edgewise.calibration.media import load_image
 from edgewise.calibration.samples import Samples, calibration_and_held_out, spread, survey
 from edgewise.errors import InputError
+from edgewise.runtime.video import read_frames
 
 PIXELS = {"pixel_values": Port((1, 3, 16, 16), "float32")}
 WAVES = {"input_values": Port((1, 800), "float32")}
@@ -239,3 +241,74 @@ def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_images_of_every_mode_are_what_the_processor_gets(tmp_path: Path) -> None:
+    """Grey of 16 bits keeps its range, all that shines through is white, and what EXIF turns is turned."""
+    plain = {**PROCESSOR, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    half = np.zeros((16, 16, 3), np.uint8)
+    half[:8] = 255
+    turned = Image.fromarray(half)
+    exif = turned.getexif()
+    exif[0x0112] = 3  # upside down
+    grey = np.full((16, 16), 20000, np.uint16)
+    clear = Image.new("P", (16, 16))
+    clear.putpalette([0, 0, 0, 255, 0, 0])
+    images = {
+        "grey.png": (Image.fromarray(grey), {}, 20000 / 65535),
+        "grey.tif": (Image.fromarray(grey), {}, 20000 / 65535),
+        "la.png": (Image.new("LA", (16, 16), (0, 0)), {}, 1),
+        "rgba.png": (Image.new("RGBA", (16, 16), (0, 0, 0, 0)), {}, 1),
+        "palette.png": (clear, {"transparency": 0}, 1),
+        "cmyk.jpg": (Image.new("CMYK", (16, 16), (0, 0, 0, 255)), {}, 0),
+        "turned.png": (turned, {"exif": exif}, None),
+    }
+    for name, (image, known, wanted) in images.items():
+        image.save(tmp_path / name, **known)
+        pixels = load_image(tmp_path / name, (3, 16, 16), plain).array
+        if wanted is None:
+            assert pixels[:, :8].max() < 0.01 and pixels[:, 8:].min() > 0.99
+        else:
+            assert np.abs(pixels - wanted).max() < 0.01, name
+    for kind in (np.float32, np.int32):
+        Image.fromarray(np.full((16, 16), 1, kind)).save(tmp_path / "wide.tif")
+        with pytest.raises(InputError, match=r"wide\.tif holds .* does not say which is white"):
+            load_image(tmp_path / "wide.tif", (3, 16, 16), plain)
+
+
+@pytest.mark.parametrize("name", ["CLIPImageProcessor", "unknown"])
+def test_images_that_processors_cannot_take_are_named(tmp_path: Path, name: str) -> None:
+    """Of a line of pixels, centre crops would make gigabytes first."""
+    for i in range(2):
+        picture(tmp_path / f"{i}.png", size=(20, 20))
+    picture(tmp_path / "long.png", size=(40000, 1))
+    crop = {"size": {"shortest_edge": 224}, "crop_size": {"height": 16, "width": 16}, "do_center_crop": True}
+    processor = {**PROCESSOR, "image_processor_type": name, **crop}
+    with pytest.raises(InputError, match=r"1 of 3 samples cannot be used.*long.png: an image of 1 x 40000 pixels becomes 224 x"):
+        source = open_source(tmp_path, PIXELS, processor)
+        survey(source, PIXELS, range(3))
+
+
+def test_what_a_processor_refuses_is_an_input_error(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png: ViTImageProcessor cannot make pixels of it: "):
+        open_source(tmp_path, PIXELS, {**PROCESSOR, "image_mean": [0.5, 0.5]}).read(0)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_short_waveforms_are_normalised_as_by_the_extractor(tmp_path: Path, mask: bool) -> None:
+    from transformers import Wav2Vec2FeatureExtractor
+
+    wave = np.sin(np.arange(500) / 9) * 0.3 + 0.1
+    soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
+    constants = {"do_normalize": True, "sampling_rate": 16000, "padding_value": 0.0, "return_attention_mask": mask}
+    own = Wav2Vec2FeatureExtractor(**constants)
+    wanted = own(wave.astype(np.float32), sampling_rate=16000, padding="max_length", max_length=800, return_tensors="np")
+    found = open_source(tmp_path, WAVES, constants).read(0).inputs["input_values"]
+    assert np.abs(found - wanted["input_values"][0]).max() < 1e-5
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for i in range(1, 13):
+        Image.new("RGB", (8, 8), (i * 20, 0, 0)).save(tmp_path / f"frame{i}.png")
+    assert [frame.getpixel((0, 0))[0] // 20 for frame in read_frames(tmp_path, 12)] == list(range(1, 13))  # type: ignore[index]

@@ -58,7 +58,11 @@ class Files(Source):
         item = self.items[index]
         load = {"image": load_image, "audio": load_audio, "video": load_video}[self.kind]
         ((name, port),) = self.ports.items()
-        media = load(item.path, port.shape[1:], self.preprocessing)
+        try:
+            media = load(item.path, port.shape[1:], self.preprocessing)
+        except InputError as error:
+            named = str(item.path) in str(error)
+            raise error if named else InputError(f"{item.path}: {error}") from error
         array = fitted(media.array, name, port, str(item.path))
         return Sample({name: array}, item.label, item.text, str(item.path), media.notes, item.question)
 

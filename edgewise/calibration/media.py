@@ -14,6 +14,7 @@ from PIL import Image
 
 from edgewise.errors import InputError
 from edgewise.runtime.audio import read_audio, resample
+from edgewise.runtime.images import check_scale, opaque, shortest_edge
 from edgewise.runtime.images import constants as _constants
 from edgewise.runtime.images import fitted as _fitted
 from edgewise.runtime.images import normalised as _normalised
@@ -77,9 +78,7 @@ def load_audio(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Me
     extractor = preprocessing.get("feature_extractor_type")
     if len(shape) == 1:
         notes = rated if len(wave) <= shape[0] else (*rated, f"only the first {shape[0] / wanted:.2f} seconds fit")
-        wave = np.pad(wave[: shape[0]], (0, max(0, shape[0] - len(wave))))
-        if preprocessing.get("do_normalize"):
-            wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
+        wave = _waveform(wave[: shape[0]], shape[0], preprocessing)
         return from_array("audio", wave.astype(np.float32), preprocessing, notes)
     if extractor is None:
         raise InputError(
@@ -100,6 +99,18 @@ def load_audio(path: Path, shape: Shape, preprocessing: Mapping[str, Any]) -> Me
         got = ", ".join(f"{k} {list(v[0].shape)}" for k, v in made.items())
         raise InputError(f"{extractor} makes {got} of {path}, and the model takes {list(shape)}")
     return from_array("audio", array.astype(np.float32), preprocessing, rated)
+
+
+def _waveform(wave: np.ndarray, length: int, preprocessing: Mapping[str, Any]) -> np.ndarray:
+    """A waveform filled up to a length, as transformers' `Wav2Vec2FeatureExtractor` does: one that returns a mask normalises the
+    recording and not what it is filled up with."""
+    own = len(wave) if preprocessing.get("return_attention_mask") else length
+    value = float(preprocessing.get("padding_value") or 0)
+    wave = np.pad(wave, (0, length - len(wave)), constant_values=value)
+    if preprocessing.get("do_normalize"):
+        wave = (wave - wave[:own].mean()) / np.sqrt(wave[:own].var() + 1e-7)
+        wave[own:] = value
+    return wave
 
 
 def from_array(kind: Kind, array: np.ndarray, preprocessing: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Media:
@@ -127,7 +138,7 @@ def _pixels(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Pictures as arrays `(n, channels, H, W)`, and what had to be assumed: by the model's own processor, or by its constants where
     it makes another size, or is not installed."""
-    pictures = [_opaque(picture) for picture in pictures]
+    pictures = [opaque(picture) for picture in pictures]
     made = _by_processor(pictures, channels, size, preprocessing)
     if made is not None:
         return made, ()
@@ -147,17 +158,17 @@ def _by_processor(
     cls = getattr(transformers, name + "Pil", None)
     if cls is None:
         return None
-    made = cls(**{k: v for k, v in preprocessing.items() if not k.endswith("_type")})(pictures, return_tensors="np")
+    edge = shortest_edge(preprocessing)
+    for picture in pictures:
+        if edge is not None:
+            check_scale(picture, edge / min(picture.size))
+    try:
+        made = cls(**{k: v for k, v in preprocessing.items() if not k.endswith("_type")})(pictures, return_tensors="np")
+    except Exception as error:  # processors refuse pictures, and constants, with nearly anything
+        raise InputError(f"{name} cannot make pixels of it: {' '.join(str(error).split()) or type(error).__name__}") from error
     array = np.asarray(made.get("pixel_values"), np.float32)
     wanted = (len(pictures), channels, *size)
     return array.reshape(wanted) if array.shape in (wanted, (1, *wanted)) else None
-
-
-def _opaque(picture: Image.Image) -> Image.Image:
-    """In colours alone: what shines through is white."""
-    if picture.mode != "RGBA":
-        return picture
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def _shown(array: np.ndarray, preprocessing: Mapping[str, Any]) -> Image.Image:

@@ -11,7 +11,7 @@ import numpy as np
 from edgewise.errors import InputError, extras_named
 
 with extras_named():
-    from PIL import Image
+    from PIL import Image, ImageOps
 
 _MOST_PIXELS = 1 << 27
 
@@ -26,7 +26,8 @@ def load_pixels(image: Path | np.ndarray, shape: tuple[int, ...], preprocessing:
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image file in RGB or RGBA. Raises InputError."""
+    """An image file in RGB, or RGBA where anything shines through, turned as its EXIF orientation says. Grey of 16 bits is scaled
+    to 8. Raises InputError."""
     if path.is_dir():
         raise InputError(f"{path} is a folder, and one image is needed")
     if not path.is_file():
@@ -36,32 +37,72 @@ def open_image(path: Path) -> Image.Image:
             if file.width * file.height > _MOST_PIXELS:
                 raise InputError(f"{path} has {file.width} x {file.height} pixels, more than are read")
             file.load()
-            return file.convert("RGBA") if "transparency" in file.info or file.mode == "RGBA" else file.convert("RGB")
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode[0] in "IF":
+                return _eight_bits(picture, _white(file, path))
+            clear = "transparency" in file.info or "A" in picture.getbands() or "a" in picture.getbands()
+            return picture.convert("RGBA" if clear else "RGB")
     except InputError:
         raise
     except Exception as error:  # damaged files raise nearly anything
         raise InputError(f"{path} is no image that can be read: {str(error) or type(error).__name__}") from error
 
 
+def _white(file: Any, path: Path) -> int:
+    """The value of white in an image of one channel with more than 8 bits."""
+    if file.mode.startswith("I;16"):
+        return (1 << int(file.tag_v2.get(258, (16,))[0])) - 1 if file.format == "TIFF" else 65535
+    if file.mode == "I" and file.format in ("PNG", "PPM"):
+        return 65535
+    kind = "floating-point numbers" if file.mode == "F" else "whole numbers of 32 bits"
+    raise InputError(f"{path} holds {kind}, and does not say which is white: save it with 8 or 16 bits a channel, or give arrays")
+
+
+def _eight_bits(picture: Image.Image, white: int) -> Image.Image:
+    grey = np.asarray(picture).astype(np.float64) * (255 / white)
+    return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    """In RGB alone. What shines through is white, as in transformers' `convert_to_rgb`."""
+    if picture.mode != "RGBA":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def shortest_edge(preprocessing: Mapping[str, Any]) -> int | None:
+    """What the processor makes of the shorter side, if that is how it resizes. With a longest edge too, these are limits."""
+    given = preprocessing.get("size")
+    if not isinstance(given, Mapping) or "longest_edge" in given or not given.get("shortest_edge"):
+        return None
+    return int(given["shortest_edge"])
+
+
+def check_scale(picture: Image.Image, scale: float) -> None:
+    """Raises InputError where the resized picture, before its centre is cut out, has more pixels than are read."""
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    if width * height > _MOST_PIXELS:
+        raise InputError(
+            f"an image of {picture.width} x {picture.height} pixels becomes {width} x {height} before its centre is cut out, more "
+            "than are made: give images that are less long and narrow"
+        )
+
+
 def fitted(picture: Image.Image, size: tuple[int, ...], preprocessing: Mapping[str, Any]) -> Image.Image:
     """Resized to `size (H, W)` as the processor does: the whole image, or its centre where the processor crops."""
     height, width = size
-    if picture.mode == "RGBA":  # what shines through is white
-        ground = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(ground, picture).convert("RGB")
+    picture = opaque(picture)
     kind = Image.Resampling(int(preprocessing.get("resample", Image.Resampling.BICUBIC)))
-    given = preprocessing.get("size")
-    crop = preprocessing.get("crop_size")
-    # With a longest edge too, these are limits, and nothing is cut off.
-    edge = given.get("shortest_edge") if isinstance(given, Mapping) and "longest_edge" not in given else None
+    crop, edge = preprocessing.get("crop_size"), shortest_edge(preprocessing)
     cropped = preprocessing.get("do_center_crop", crop is not None)
     if not cropped and edge is None:
         return picture.resize((width, height), kind)
     sides = [crop.get("height"), crop.get("width")] if isinstance(crop, Mapping) else [crop]
     short = min((int(side) for side in sides if side), default=0)
     # The edge before the crop, in proportion where the input has another size than the processor makes.
-    share = max(1.0, int(edge) / short) if edge and short else 1.0
+    share = max(1.0, edge / short) if edge and short else 1.0
     scale = max(height * share / picture.height, width * share / picture.width)
+    check_scale(picture, scale)
     large = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))), kind)
     left, top = (large.width - width) // 2, (large.height - height) // 2
     return large.crop((left, top, left + width, top + height))

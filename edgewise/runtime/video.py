@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,18 @@ def load_clip(video: Path | np.ndarray, shape: tuple[int, ...], preprocessing: M
 
 
 def _folder(path: Path, count: int) -> list[Image.Image]:
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
+    files = sorted((file for file in path.iterdir() if file.suffix.lower() in IMAGES), key=_counted)
     if not files:
         raise InputError(
-            f"{path} holds no frames: give a folder of images ({', '.join(IMAGES[:3])}, ...), in order by name"
+            f"{path} holds no frames: give a folder of images ({', '.join(IMAGES[:3])}, ...), in order by name, 2 before 10"
         )
     return [open_image(files[i]) for i in _spread(len(files), count)]
+
+
+def _counted(path: Path) -> tuple[Any, ...]:
+    """Names in order, with the numbers in them as numbers: frame 2 is before frame 10."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return (*[int(part) if i % 2 else part for i, part in enumerate(parts)], path.name)
 
 
 def _decoded(path: Path, count: int) -> list[Image.Image]:
