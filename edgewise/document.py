@@ -44,6 +44,11 @@ def validate(model: type[Model], data: bytes, where: str, what: str, mend: str) 
         raise InputError(f"{where} does not fit the {what}'s schema:\n{_faults(error)}\n{mend}") from error
 
 
+def readable(text: str) -> str:
+    """The text with U+FFFD in place of what is none: lone surrogates, which Python has for bytes of a name that are not UTF-8."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
 def _faults(error: ValidationError, most: int = 5) -> str:
     faults = error.errors(include_url=False, include_input=False)
     lines = [f"  {'.'.join(str(part) for part in fault['loc']) or 'document'}: {fault['msg']}" for fault in faults]

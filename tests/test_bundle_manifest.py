@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from typing import Any
 
 import pytest
@@ -29,6 +30,11 @@ def test_dump_and_parse_are_inverse_and_deterministic() -> None:
     assert dump(parse(data, "manifest.json")) == data
     assert data.endswith(b"}\n")
     assert data.startswith(b'{\n "calibration"')
+
+
+def test_a_name_that_is_not_utf8_is_readable() -> None:
+    data = dump(manifest(notes=(os.fsdecode(b"im\xff.png"),)))
+    assert parse(data, "manifest.json").notes == ("im\ufffd.png",)
 
 
 def test_a_component_is_found_by_its_role() -> None:

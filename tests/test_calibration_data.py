@@ -104,14 +104,38 @@ def test_a_manifest(tmp_path: Path, suffix: str) -> None:
         ("m.jsonl", '{"file": "a.png", "label": 1.5}\n', "the label 1.5 is no class number"),
         ("m.jsonl", '{"file": \n', "line 1 is not JSON"),
         ("m.jsonl", "[1]\n", "no JSON object"),
+        ("m.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("m.jsonl", '{"file": "a.png", "label": 1e400}\n', "unknown class"),
+        ("m.jsonl", '{"file": "a.png", "label": 99999999999999999999}\n', "is no class number of 0 to"),
+        ("a" * 300 + ".csv", None, "cannot read .*too long"),
+        ("a" * 300 + ".npz", None, "cannot read .*too long"),
         ("m.txt", "a.png", "data is read from folders"),
     ],
 )
-def test_manifests_that_are_refused(tmp_path: Path, name: str, text: str, words: str) -> None:
+def test_manifests_that_are_refused(tmp_path: Path, name: str, text: str | None, words: str) -> None:
     picture(tmp_path / "a.png")
-    (tmp_path / name).write_text(text)
+    if text is not None:
+        (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=words):
         open_source(tmp_path / name, PIXELS, PROCESSOR, {0: "cat", 1: "dog"})
+
+
+def test_labels_that_no_class_has_and_names_that_no_file_has(tmp_path: Path) -> None:
+    pixels = np.zeros((2, 3, 8, 8), np.float32)
+    for labels in ([-1, 0], [2**40, 0]):
+        with pytest.raises(InputError, match="no class number"):
+            every({"pixels": pixels, "labels": np.array(labels)}, {"pixels": Port((1, 3, 8, 8), "float32")})
+    (tmp_path / "m.csv").write_text("file,text\n" + "a" * 5000 + ".png,one\n")
+    with pytest.raises(InputError, match="none of 1 samples can be used: cannot read"):
+        every(tmp_path / "m.csv")
+
+
+def test_text_of_several_lines(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    for name, text in [("m.csv", 'file,text\na.png,"one\ntwo\u2028three"\n'),
+                       ("m.jsonl", '{"file": "a.png", "text": "one\\ntwo\u2028three"}\n')]:
+        (tmp_path / name).write_text(text, "utf-8")
+        assert every(tmp_path / name).texts == ("one\ntwo\u2028three",)
 
 
 def test_bad_files_are_counted_and_named(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def nothing_written(out: Path) -> None:
         (["export", "{tiny}:make", "-o", "{out}", "--input-shapes", "pixels=1x4x16x16"], ["cannot run", "1x4x16x16"]),
         (["export", "{tiny}:make", "-o", "{out}", "--input-shapes", "pixel=1x3x16x16"], ["cannot run", "pixels"]),
         (["export", "{tiny}:make", "-o", "{out}", "--batch", "0"], ["--batch"]),
+        (["export", "{tiny}:make", "-o", "{out}", "--seed", "-1"], ["--seed", "0"]),
+        (["export", "{tiny}:make", "-o", "{out}", "--compress-variant", "nope"], ["unknown variant 'nope'"]),
         (["export", "-o", "{out}"], ["no model"]),
         (["export", "demo:digits"], ["give -o BUNDLE"]),
         (["exprot", "demo:digits"], ["unknown verb 'exprot'", "did you mean 'export'"]),
@@ -96,6 +98,24 @@ def test_an_unknown_hugging_face_id_is_named(shell: Cli, out: Path) -> None:
 def test_a_prefix_that_nobody_knows_is_explained(shell: Cli, out: Path) -> None:
     shell("export", "dmo:digits", "-o", out, env={"HF_HUB_OFFLINE": "1"}).refused("dmo:digits", "demo:")
     nothing_written(out)
+
+
+def test_a_name_that_is_not_utf8(cli: Cli, tiny: str, tmp_path: Path) -> None:
+    bad = tmp_path / os.fsdecode(b"im\xff")
+    bad.mkdir()
+    assert "im\ufffd" in cli("inspect", bad, "--json").document["error"]["message"]
+    cli("inspect", bad).refused("im\\udcff")
+    cli("export", tiny + ":make", "-o", bad / "b", "--target", "onnxruntime").refused("is not UTF-8")
+    assert not list(bad.iterdir())
+
+
+def test_a_name_that_is_too_long(cli: Cli, tmp_path: Path) -> None:
+    long = "a" * 300
+    for args in (["verify", long], ["inspect", long], ["export", f"{long}.pt2", "-o", tmp_path / "b"],
+                 ["export", "demo:digits", "-o", tmp_path / long], ["export", "--recipe", long, "-o", tmp_path / "b"],
+                 ["tune", "demo:digits", "--calib", long, "--budget", "tokens=0.5", "-o", tmp_path / "t.yaml"]):
+        cli(*args).refused(long)
+    assert not list(tmp_path.iterdir())
 
 
 # Recipes.

@@ -128,6 +128,8 @@ def test_threads_are_checked() -> None:
     for threads in (0, -1, True, 1.5):
         with pytest.raises(InputError, match="whole number"):
             check_threads(threads)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="logical CPUs"):
+        check_threads(100_000)
 
 
 def imported(code: str) -> set[str]:

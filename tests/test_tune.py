@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from conftest import Cli
 from tiny_encoder import factory
 
 import edgewise
+from edgewise.cli.screen import Screen
+from edgewise.cli.tune import _show
 from edgewise.exporter.divergence import Divergence
 from edgewise.exporter.matrix import read_recipe
+from edgewise.exporter.recipe import Recipe
+from edgewise.exporter.tune import Budget, Row, Tuned
 from edgewise.passes.flops import total_flops
 from edgewise.passes.program import Program
 
@@ -104,7 +109,7 @@ def test_the_table_is_of_the_data_that_was_held_out(cli: Cli, data: Path, tmp_pa
     assert row["divergence"] == pytest.approx(np.mean(lost), rel=1e-3)
 
 
-def test_flops_are_met_exactly(cli: Cli, data: Path, tmp_path: Path, program: Program) -> None:
+def test_flops_are_not_exceeded(cli: Cli, data: Path, tmp_path: Path, program: Program) -> None:
     out = tmp_path / "tuned.yaml"
     document = tuned(cli, data, out, "--budget", "flops=0.7", "--compress", "topk", source="plain.npz")
     base = total_flops(program.base)
@@ -115,6 +120,28 @@ def test_flops_are_met_exactly(cli: Cli, data: Path, tmp_path: Path, program: Pr
         assert row["accuracy"] is None
         assert [step.keep for step in made.steps] == [c for c, r in zip(row["counts"], [64, *row["counts"]], strict=False) if c < r]
     assert all(spec.startswith("topk@encoder.block[") for spec in read_recipe(out).compress)
+
+
+def test_the_first_trials_are_all_there_are_of_few(cli: Cli, data: Path, tmp_path: Path) -> None:
+    document = tuned(cli, data, tmp_path / "tuned.yaml", "--budget", "tokens=0.5", "--trials", 2, source="plain.npz")
+    sites = len(document["sensitivity"])
+    assert document["trials"] == len(losses(tmp_path / "tuned.yaml")) == 2 * sites + 2
+
+
+def test_a_divergence_of_rounding_is_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    row = Row("constant", (8,), (), 0.5, 0.5, None, 1e-11, None)
+    recipe = Recipe(model="demo:digits", targets=("openvino",))
+    for divergence, shown in ((1e-11, False), (1e-3, True)):
+        rows = (replace(row, name="tuned", divergence=divergence / 2), replace(row, divergence=divergence))
+        _show(Screen(False, False), Tuned(recipe, Budget("tokens", 0.5), rows, (), 16, 4, 4, 2, 2, ()))
+        assert ("50%" in capsys.readouterr().out) == shown
+
+
+def test_class_scores_that_are_equal_but_for_rounding() -> None:
+    logits = torch.randn(64, 10, generator=torch.Generator().manual_seed(0)).numpy() * 5
+    near = logits * (1 + 1e-7)
+    found = Divergence.of([{"logits": logits}], {"logits": near}, 0, True, 64)({"logits": near}, {"logits": logits})
+    assert 0 <= found < 1e-9
 
 
 def test_latency_is_measured_on_the_target(cli: Cli, data: Path, tmp_path: Path) -> None:

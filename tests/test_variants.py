@@ -189,6 +189,8 @@ def test_a_function_is_held_to_its_own_compression_or_else_to_that_of_its_model(
         ([LESS], ["tomme:keep=0.5"], "did you mean 'tome'"),
         ([LESS], ["a=tome:keep=0.5 + "], "unknown parameter|not|tome"),
         ([LESS], [""], "empty"),
+        ([LESS], ["my-name=tome:keep=0.5"], "unknown variant .* the name 'my-name' is not of letters"),
+        ([LESS], ["nope"], "unknown variant 'nope': unknown method"),
     ],
 )
 def test_variants_that_make_no_sense(main: list[str], variants: list[str], message: str) -> None:

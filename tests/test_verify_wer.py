@@ -39,11 +39,13 @@ def test_tables(tmp_path: Path) -> None:
     ]
     (tmp_path / "c.tsv").write_text("name\ttext\nx\ty\n")
     (tmp_path / "d.tsv").write_text("file\ttext\nx.wav\t...\n")
+    (tmp_path / "g.CSV").write_text("file,text\nx.wav,said, so\n")
     for name, fault in {
         "c.tsv": "no column file",
         "d.tsv": "no row with a text",
         "e.tsv": "cannot read",
         "f.npz": "cannot",
+        "g.CSV": "row 2: it has more columns",
     }.items():
         with pytest.raises(InputError, match=fault):
             read_spoken(tmp_path / name)

@@ -14,7 +14,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from edgewise.bundle.pipeline import Pipeline
 from edgewise.document import parse as document_of
-from edgewise.document import validate
+from edgewise.document import readable, validate
 from edgewise.errors import InputError, unknown
 from edgewise.schema import Strict
 from edgewise.verify.ladder import Rung
@@ -264,7 +264,7 @@ def dump(manifest: Manifest) -> bytes:
     """Serialise a manifest: sorted keys, indent 1, trailing newline. Equal manifests give equal bytes."""
     document = manifest.model_dump(mode="json")
     text = json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode("utf-8")
+    return (readable(text) + "\n").encode("utf-8")
 
 
 def parse(data: bytes, where: str) -> Manifest:

@@ -20,6 +20,7 @@ from pathlib import Path
 from edgewise.bundle.manifest import FORMAT, MANIFEST_NAME, MAX_MANIFEST_BYTES, FileInfo, Manifest, dump
 from edgewise.bundle.reader import Bundle, digest, read_bytes, walk
 from edgewise.bundle.temporary import OLD, TMP, sweep, temporary
+from edgewise.document import readable
 from edgewise.errors import InputError
 
 
@@ -62,7 +63,9 @@ def _build(place: Path, build: Callable[[Path], Manifest]) -> Manifest:
 
 
 def _check_place(place: Path) -> None:
-    """Refuse a place that holds anything but an edgewise bundle."""
+    """Refuse a place that holds anything but an edgewise bundle, or whose name the runtimes cannot be told."""
+    if readable(str(place)) != str(place):
+        raise InputError(f"{readable(str(place))} is not UTF-8, which the runtimes take: give another name")
     with _explained(place):
         if not os.path.lexists(place):
             return

@@ -32,6 +32,10 @@ class Port:
     dtype: str
 
 
+MOST_CLASSES = 1 << 31
+"""Far more than any model has."""
+
+
 Ports = Mapping[str, Port]
 
 
@@ -73,11 +77,13 @@ class Source(ABC):
     def _read(self, index: int) -> Sample: ...
 
     def read(self, index: int) -> Sample:
-        """A sample. Raises `InputError` if it cannot be read, or holds NaN or infinity."""
+        """A sample. Raises `InputError` if it cannot be read, holds NaN or infinity, or is of no class that can be."""
         sample = self._read(index)
         for name, array in sample.inputs.items():
             if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
                 raise InputError(f"{self.where(index)}: {name} holds NaN or infinity")
+        if sample.label is not None:
+            class_number(sample.label, self.where(index))
         return sample
 
 
@@ -167,6 +173,13 @@ class Items(Source):
         return Sample(inputs, target if isinstance(target, int) else None, text, self.where(index), question=question)
 
 
+def class_number(number: int, where: str) -> int:
+    """A label. Raises `InputError` if it is no number that a class can have."""
+    if not 0 <= number < MOST_CLASSES:
+        raise InputError(f"{where}: the label {str(number)[:40]!r} is no class number of 0 to {MOST_CLASSES - 1}")
+    return number
+
+
 def fitted(array: np.ndarray, name: str, port: Port, where: str) -> np.ndarray:
     """An array of one sample in the dtype of its input. Raises `InputError` if it does not fit."""
     if array.shape != port.shape[1:]:
@@ -193,14 +206,10 @@ def open_source(
     if isinstance(src, Source):
         return src
     if isinstance(src, (str, os.PathLike)):
-        name, path = str(src), Path(src)
-        if name.startswith("demo:"):
-            return _demo(name, ports, dict(preprocessing or {}))
-        if path.suffix.lower() in (".npz", ".safetensors") and not path.is_dir():
-            return _checked(_split(name, arrays_of(path)), ports)
-        from edgewise.calibration.files import open_files
-
-        return open_files(path, ports, dict(preprocessing or {}), classes)
+        try:
+            return _named(str(src), Path(src), ports, dict(preprocessing or {}), classes)
+        except OSError as error:
+            raise InputError(f"cannot read {src}: {error.strerror or error}") from error
     if isinstance(src, Mapping):
         return _checked(_split("the data", {k: np.asarray(v) for k, v in src.items()}), ports)
     if not isinstance(src, Iterable):
@@ -209,6 +218,18 @@ def open_source(
     if not items:
         raise InputError("the data holds no samples")
     return Items("the data", items, ports)
+
+
+def _named(
+    name: str, path: Path, ports: Ports, preprocessing: Mapping[str, Any], classes: Mapping[int, str] | None
+) -> Source:
+    if name.startswith("demo:"):
+        return _demo(name, ports, preprocessing)
+    if path.suffix.lower() in (".npz", ".safetensors") and not path.is_dir():
+        return _checked(_split(name, arrays_of(path)), ports)
+    from edgewise.calibration.files import open_files
+
+    return open_files(path, ports, preprocessing, classes)
 
 
 def _demo(name: str, ports: Ports, preprocessing: Mapping[str, Any]) -> Source:

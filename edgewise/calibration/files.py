@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgewise.calibration.data import Ports, Sample, Source, fitted
+from edgewise.calibration.data import Ports, Sample, Source, class_number, fitted
 from edgewise.calibration.media import AUDIO, IMAGES, VIDEOS, Kind, kind_of, load_audio, load_image, load_video
 from edgewise.errors import InputError, unknown
 
@@ -63,6 +64,8 @@ class Files(Source):
         except InputError as error:
             named = str(item.path) in str(error)
             raise error if named else InputError(f"{item.path}: {error}") from error
+        except OSError as error:
+            raise InputError(f"cannot read {item.path}: {error.strerror or error}") from error
         array = fitted(media.array, name, port, str(item.path))
         return Sample({name: array}, item.label, item.text, str(item.path), media.notes, item.question)
 
@@ -120,7 +123,7 @@ def _numbers(found: list[str], names: Mapping[str, int], path: Path) -> tuple[di
     if all(name in names for name in found):
         return {name: names[name] for name in found}, ()
     if all(name.isdecimal() for name in found):
-        return {name: int(name) for name in found}, ()
+        return {name: class_number(int(name), str(path / name)) for name in found}, ()
     if names and any(name in names for name in found):
         raise unknown(f"class in {path}", next(name for name in found if name not in names), names)
     listed = {name: number for number, name in enumerate(sorted(found))}
@@ -160,7 +163,7 @@ def _words(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> str 
 
 
 def _table(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
@@ -171,12 +174,12 @@ def _table(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number} is no JSON object")
@@ -190,8 +193,8 @@ def _label(value: Any, names: Mapping[str, int], where: str) -> int | None:
         return names[value]
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise unknown(f"class at {where}:", value, names) from None
-    if number < 0 or isinstance(value, (bool, float)):
+    if isinstance(value, (bool, float)):
         raise InputError(f"{where}: the label {value!r} is no class number of 0 or more")
-    return number
+    return class_number(number, where)

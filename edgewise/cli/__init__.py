@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 checked and failed, 2 bad input or environment, 130 interr
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ from edgewise.cli import (
     verify,
 )
 from edgewise.cli.screen import ReaderGone, Result
+from edgewise.document import readable
 from edgewise.errors import EdgewiseError, Refused, extras_named, unknown
 from edgewise.version import __version__
 
@@ -96,17 +98,25 @@ for _name, _verb in _VERBS.items():
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, and give its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold what no encoding can say
+            stream.reconfigure(errors="backslashreplace")
     # Looked for by hand: a usage error must be JSON too, and then nothing was parsed.
     as_json, debug = "--json" in args, "--debug" in args
     with _kept_clean(as_json):
         result = _result(args, debug)
     try:
         if as_json and result.document is not None:
-            print(json.dumps(result.document, indent=1, ensure_ascii=False, allow_nan=False))
+            print(readable(json.dumps(result.document, indent=1, ensure_ascii=_narrow(sys.stdout), allow_nan=False)))
         sys.stdout.flush()
     except BrokenPipeError:
         _discard()
     return result.code
+
+
+def _narrow(stream: Any) -> bool:
+    """Whether a stream cannot say every character: JSON has escapes for them."""
+    return not (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
 def _discard() -> None:
@@ -156,6 +166,8 @@ def _explained(error: Exception) -> Result:
         return _failed(str(error), details, error.exit_code)
     if isinstance(error, _UsageError):
         return _failed(_usage(error), {"kind": "UsageError"}, 2)
+    if isinstance(error, OSError) and error.filename and error.strerror:  # a name too long, a loop of links, no permission
+        return _failed(f"{os.fsdecode(error.filename)}: {error.strerror}", details, 2)
     text = " ".join(str(error).split())
     said = f"{type(error).__name__}: {text}" if text else type(error).__name__
     hint = "this is not an error that edgewise expects; --debug shows where it comes from"

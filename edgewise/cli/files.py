@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgewise.bundle.temporary import sweep, temporary
+from edgewise.document import readable
 from edgewise.errors import InputError
 
 
@@ -28,13 +29,13 @@ def whole(out: Path) -> Iterator[Path]:
 def write_text(out: Path, text: str) -> None:
     """Write a file whole or not at all. Raises `InputError` if it cannot be written."""
     with whole(out) as part:
-        part.write_text(text, "utf-8")
+        part.write_text(readable(text), "utf-8")
 
 
 def append_text(out: Path, text: str) -> None:
     """Append to a file, which others write to as well. Raises `InputError` if it cannot be written."""
     try:
         with open(out, "a", encoding="utf-8") as file:
-            file.write(text)
+            file.write(readable(text))
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error

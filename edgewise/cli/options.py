@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+MOST_SEED = 2**63 - 1
+"""As the random numbers of torch take it."""
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; text for people goes to stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
@@ -34,7 +37,7 @@ InputShapes = Annotated[
     typer.Option("--input-shapes", metavar="NAME=AxB", help="Static shape of an input. Repeatable."),
 ]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="First dimension of the inputs. Default: 1.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of example inputs. Default: 0.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, max=MOST_SEED, help="Seed of example inputs. Default: 0.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a Hugging Face model.")
 ]

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from edgewise.exporter.tune import Tuned
 
 
+NOISE = 1e-9
+"""Divergence that rounding in fp32 alone may make: there is nothing to compare."""
+
+
 def tune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"{options.MODEL_HELP}.")],
     out: Annotated[
@@ -42,7 +46,7 @@ def tune(
         int, typer.Option("--held-out", metavar="N", min=1, help="Most other samples that the table is of.")
     ] = 256,
     trials: Annotated[
-        int, typer.Option("--trials", metavar="N", min=1, help="Whole schedules to try, besides two trials of each site.")
+        int, typer.Option("--trials", metavar="N", min=1, help="Most whole schedules to try, besides two trials of each site.")
     ] = 48,
     input_shapes: options.InputShapes = None,
     batch: options.Batch = None,
@@ -118,7 +122,7 @@ def _show(screen: Screen, tuned: Tuned) -> None:
             f"{one.flops:.3f}",
             *([number(one.latency, ".3f")] if timed else []),
             f"{one.divergence:.4g}",
-            f"{one.divergence / constant:.0%}" if constant else None,
+            f"{one.divergence / constant:.0%}" if constant is not None and constant > NOISE else None,
             None if one.accuracy is None else f"{one.accuracy:.2%}",
         )
     screen.show(made)

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 
+from edgewise.document import readable
 from edgewise.errors import InputError, MissingExtra
 from edgewise.exporter.compare import Comparison, Row
 
@@ -35,8 +36,8 @@ def write(found: Comparison, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(found.document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        (folder / "compare.json").write_text(text, "utf-8")
-        (folder / "compare.html").write_text(page(found), "utf-8")
+        (folder / "compare.json").write_text(readable(text), "utf-8")
+        (folder / "compare.html").write_text(readable(page(found)), "utf-8")
         _image(found, folder / "compare.png")
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error

@@ -28,7 +28,9 @@ class _Scores:
     """Mean KL divergence of class scores `(batch, classes)`."""
 
     def __call__(self, value: Tensor, target: Tensor) -> Tensor:
-        return kl_div(log_softmax(value.float(), -1), log_softmax(target.float(), -1), reduction="batchmean", log_target=True)
+        # In double: what fp32 leaves of a small divergence is its rounding, which may be below zero.
+        own, wanted = (log_softmax(x.double(), -1) for x in (value, target))
+        return kl_div(own, wanted, reduction="batchmean", log_target=True).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -86,4 +88,4 @@ class Divergence:
     def __call__(self, found: Outputs, wanted: Outputs) -> float:
         with torch.no_grad():
             parts = [term(torch.from_numpy(found[name]), torch.from_numpy(wanted[name])) for name, term in self.terms.items()]
-            return float(torch.stack(parts).mean())
+            return float(torch.stack([part.double() for part in parts]).mean())

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from edgewise.document import readable
 from edgewise.errors import CheckFailed, InputError, Refused, extras_named
 from edgewise.exporter.capture import capture, from_exported
 from edgewise.exporter.matrix import read_recipe
@@ -247,7 +248,7 @@ def explain(
         document["sites"] = [_described(layer, files.get(id(layer))) for layer in layers]
         document["overview"] = OVERVIEW
         document["files"] = sorted([*files.values(), OVERVIEW, FILE])
-        (folder / FILE).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        (folder / FILE).write_text(readable(json.dumps(document, indent=1, ensure_ascii=False)) + "\n", "utf-8")
     return Explanation(document, place)
 
 

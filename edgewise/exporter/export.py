@@ -96,6 +96,8 @@ def export(
         chosen = [target.for_images({}) for target in chosen]
     if batch < 1:
         raise InputError(f"batch={batch}: the first dimension of the inputs is 1 or more")
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"seed={seed} is out of range: 0 to {(1 << 63) - 1}")
     for name, count in (("images", images), ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
         if count is not None and count < 1:
             raise InputError(f"{name}={count}: give 1 or more")

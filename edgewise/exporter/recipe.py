@@ -41,7 +41,7 @@ class Recipe(Strict):
     images: Annotated[int, Field(ge=1)] = 1
     prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     new_tokens: Annotated[int, Field(ge=1)] | None = None
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     calibration: str | None = None
     calibration_samples: Annotated[int, Field(ge=1)] = 128
     skip_quant: Words = ()

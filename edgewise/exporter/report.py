@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edgewise.bundle.manifest import Component, Manifest
 from edgewise.bundle.pipeline import Pipeline
+from edgewise.document import readable
 from edgewise.exporter import report_plots as plots
 from edgewise.exporter.report_figures import INTENDED, combined, figures
 from edgewise.passes.program import Site
@@ -108,7 +109,7 @@ def write_report(manifest: Manifest, sites: Sequence[Sequence[Site]], path: Path
         + "\n".join(body)
         + "\n</html>\n"
     )
-    path.write_text(page, "utf-8")
+    path.write_text(readable(page), "utf-8")
 
 
 def _cards(component: Component, sites: Sequence[Site], sizes: dict[str, int]) -> Iterable[str]:

@@ -225,7 +225,8 @@ class _Tuning:
         loss = self._look()
         usual = {shape: self._settled(partial(self._usual, shape)) for shape in SHAPES}
         start = self._settled(partial(self._best, loss))
-        best = self._refined([counts for counts in (start, *usual.values()) if counts is not None])
+        starts = [counts for counts in (start, *usual.values()) if counts is not None]
+        best = self._refined(starts or [sites.fewest])
         if self.budget.kind == "latency":
             best = self._settled(partial(self._scaled, best)) or best
         return {TUNED: best, **{shape: counts for shape, counts in usual.items() if counts is not None}}
@@ -339,13 +340,13 @@ class _Tuning:
         """The best of these and of what exchanges of tokens make of it."""
         best, least = starts[0], float("inf")
         tried = set()
-        for counts in starts:
+        for counts in starts[:self.count]:
             self.tell("a whole schedule")
             tried.add(counts)
             self.tried += 1
             if (found := self.trials.loss(counts)) < least:
                 best, least = counts, found
-        left, failures = self.count - len(starts), 0
+        left, failures = self.count - len(tried), 0
         while left > 0 and failures < FAILURES:
             made = exchanged(self.sites, best, self.predict, self.budget.share, self.generator)
             if made is None or made in tried:

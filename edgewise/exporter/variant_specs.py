@@ -16,6 +16,7 @@ MAIN = "main"
 """The function that the specs of the bundle itself become."""
 NONE = "none"
 
+_MISNAMED = re.compile(r"([^:@=]*)=")
 _NAMED = re.compile(r"([A-Za-z_]\w*)=(.*)", re.ASCII | re.DOTALL)
 
 
@@ -27,10 +28,16 @@ def parse_variants(main: Sequence[str], texts: Sequence[str]) -> Mapping[str, tu
     found = {MAIN: tuple(main)}
     for text in texts:
         named = _NAMED.fullmatch(text.strip())
+        if named is None and (misnamed := _MISNAMED.match(text)):
+            name = misnamed[1].strip()
+            raise InputError(f"unknown variant {text!r}: the name {name!r} is not of letters, digits and _, a letter or _ first")
         rest = named[2].strip() if named else text.strip()
         specs = () if rest == NONE else tuple(re.split(r"\s+\+\s+", rest))
         for spec in specs:
-            parse_spec(spec)
+            try:
+                parse_spec(spec)
+            except InputError as error:
+                raise InputError(f"unknown variant {text!r}: {error}") from error
         name = named[1] if named else _name(rest)
         for other, theirs in found.items():
             if _meant(specs) == _meant(theirs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -427,6 +428,9 @@ class Target(ABC):
 
 
 def check_threads(threads: int | None) -> None:
-    """Raise `InputError` unless `threads` is None or a number of one or more."""
+    """Raise `InputError` unless `threads` is None or a number of one or more that this machine has some use for."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads is {threads!r}; give a whole number of 1 or more")
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if threads is not None and threads > most:
+        raise InputError(f"threads is {threads}; at most {most} are started here, where there are {os.cpu_count()} logical CPUs")
