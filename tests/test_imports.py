@@ -30,7 +30,7 @@ ALLOWED = {
     "runtime": {"errors", "bundle", "targets"},
     "calibration": {"errors", "demos", "runtime", "passes", "ops"},
     "exporter": {
-        *("errors", "schema", "version", "bundle", "verify", "targets", "passes", "ops", "demos", "runtime"),
+        *("errors", "schema", "document", "version", "bundle", "verify", "targets", "passes", "ops", "demos", "runtime"),
         "calibration",
     },
     "builder": {"errors", "schema", "document", "version", "bundle", "verify", "targets", "bench", "demos", "exporter"},
