@@ -172,6 +172,7 @@ def test_wrong_prompts_and_media(pipeline: Any, given: dict[str, Any], message: 
             {"example": {"input_features": noise(1, BINS, FRAMES), "feature_attention_mask": torch.ones(1, 101)}},
             r"up to \[1, 100\]",
         ),
+        ({"example": {"input_features": noise(2, BINS, FRAMES)}}, r"has shape \[2, 16, 100\]: give one recording"),
     ],
 )
 def test_exports_that_make_no_sense(tmp_path: Path, known: dict[str, Any], message: str) -> None:

@@ -128,6 +128,19 @@ def test_patches_of_an_image(kind: Any) -> None:
     assert patched(other, x) is x and with_grid(other, example["pixel_values"], given, "image_grid_thw") == given
 
 
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [("qwen3_vl_moe", True), ("glm4v_moe", True), ("qwen2_5_omni_thinker", True), ("hunyuan_vl", False), ("glm_ocr", False)],
+)
+def test_types_that_share_the_processor_of_others(kind: str, known: bool) -> None:
+    model, _ = make("qwen2-vl")
+    x = noise(1, 3, 16, 24)
+    expected = patched(model, x)
+    model.config.model_type = kind
+    found = patched(model, x)
+    assert torch.equal(found, expected) if known else found is x
+
+
 def test_image_files_of_a_model_that_takes_patches(cli: Cli, tmp_path: Path) -> None:
     folder, out = tmp_path / "model", tmp_path / "b"
     folder.mkdir()

@@ -229,6 +229,12 @@ class _Build(Build):
             raise InputError(
                 f"{name} of the example has shape {list(shape)}, which are not {items} images (--images): give so many"
             )
+        prompts = given.get("input_ids")
+        if self.media is AUDIO and shape[0] > 1 and (prompts is None or len(prompts) > 1):
+            raise InputError(
+                f"{name} of the example has shape {list(shape)}: give one recording (several windows of one go with the input_ids "
+                "of one prompt)"
+            )
         return given[name], self.media.settled(model, given[name], others)
 
     def _samples(self, example: Tensor) -> dict[str, Any]:

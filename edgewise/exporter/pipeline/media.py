@@ -17,33 +17,27 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from edgewise.errors import InputError
 from edgewise.exporter.capture import evaluating, quiet
 from edgewise.exporter.pipeline.patches import with_grid
-from edgewise.exporter.pipeline.settle import Noted, Settle, is_traced
-from edgewise.exporter.pipeline.vision_language import AudioPrefill, Prefill, VideoEncoder, VisionEncoder, placed
+from edgewise.exporter.pipeline.settle import Settle, is_traced
+from edgewise.exporter.pipeline.vision_language import (
+    AudioPrefill,
+    Encoder,
+    Prefill,
+    VideoEncoder,
+    VisionEncoder,
+    placed,
+)
 from edgewise.runtime.mel import DEFAULTS, made_here
 
 
-class AudioEncoder(nn.Module):
-    """`input_features` of `items`, which are recordings, to their tokens `audio (items, K, C)`, in the space of the decoder: what
-    the model puts into the embeddings of a text in place of placeholders. `settled` are further arguments of the model (the mask
-    of real frames); `places`: as for `VisionEncoder`.
+class AudioEncoder(Encoder):
+    """`input_features` of recordings to `audio`: what the model puts into the embeddings of a text in place of placeholders.
+    `settled`: the mask of real frames.
     """
-
-    places: Tensor | None
-
-    def __init__(
-        self, model: nn.Module, settled: Mapping[str, Any] | None = None, places: Tensor | None = None, items: int = 1
-    ) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.settled, self.items = dict(settled or {}), items
-        self.token: Any = AUDIO.placeholder(model)
-        self._noted: Noted = {}
-        self.register_buffer("places", None if places is None else places.t()[None].contiguous())
 
     def forward(self, input_features: Tensor) -> dict[str, Tensor]:
         with Settle(self._noted, tracing=is_traced(input_features)):
             # Two, as a single one means to some models that its tokens are still to be counted.
-            ids = torch.full((1, 2), self.token)
+            ids = torch.full((1, 2), AUDIO.placeholder(self.model))  # type: ignore[arg-type]
             with _unchecked(), _passed_by(self.model.get_decoder()), _Scattered() as found:
                 self.model(input_ids=ids, attention_mask=torch.ones_like(ids), input_features=input_features, **self.settled)
         if found.source is None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
 
 from edgewise.errors import InputError
 
@@ -71,8 +72,17 @@ def _takes_patches(model: nn.Module) -> bool:
     vision = getattr(config, "vision_config", None)
     if not all(hasattr(vision, name) for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")):
         return False
-    known = IMAGE_PROCESSOR_MAPPING_NAMES.get(str(getattr(config, "model_type", "")), {})
-    return not _PROCESSORS.isdisjoint(known.values())
+    return not _PROCESSORS.isdisjoint(_image_processors(str(getattr(config, "model_type", ""))))
+
+
+def _image_processors(kind: str) -> set[str]:
+    """Those that transformers knows for a type of model (or the whole that it is the thinker of), or else for types with its
+    processor."""
+    kind = kind.removesuffix("_thinker")
+    own = PROCESSOR_MAPPING_NAMES.get(kind)
+    alike = [other for other, name in PROCESSOR_MAPPING_NAMES.items() if own is not None and name == own]
+    kinds = [kind] if IMAGE_PROCESSOR_MAPPING_NAMES.get(kind) else alike
+    return {name for other in kinds for name in IMAGE_PROCESSOR_MAPPING_NAMES.get(other, {}).values()}
 
 
 def _are_patches(model: nn.Module, pixels: Tensor) -> bool:

@@ -26,13 +26,12 @@ Rule = Literal["causal", "media", "prompt"]
 RULES: tuple[Rule, ...] = ("causal", "media", "prompt")
 
 
-class VisionEncoder(nn.Module):
-    """`pixel_values` of so many `items`, which are images, to their tokens `visual (items, K, C)`, in the space of the decoder:
-    tower and projector. `settled` are arguments of the model that follow from the shape of the images.
+class Encoder(nn.Module):
+    """A medium, of which there are so many `items`, to its tokens `NAME (items, K, C)`, in the space of the decoder. `settled` are
+    further arguments of the model, which follow from the shape of the input.
 
-    `places (rows, K)`: where an image's tokens are from the first of them, where that is no number of their own order. They come
-    out too, as `visual_position (items, rows, K)`: of the tokens that compression leaves, those of their own, or of what represents
-    them.
+    `places (rows, K)`: where an item's tokens are from the first of them, where that is no number of their own order. They come out
+    too, as `NAME_position (items, rows, K)`: of the tokens that compression leaves, those of their own, or of what represents them.
     """
 
     places: Tensor | None
@@ -45,6 +44,10 @@ class VisionEncoder(nn.Module):
         self.settled, self.items = dict(settled or {}), items
         self._noted: Noted = {}
         self.register_buffer("places", None if places is None else places.t()[None].contiguous())
+
+
+class VisionEncoder(Encoder):
+    """`pixel_values` of images to `visual`: tower and projector."""
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         return self._encoded(features_of(self.model, "image"), pixel_values=pixel_values)
