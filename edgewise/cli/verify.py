@@ -12,6 +12,7 @@ from edgewise.cli.spoken import is_speech, word_error_rates
 from edgewise.errors import InputError
 from edgewise.verify.data import accuracy
 from edgewise.verify.questions import answers_questions, exact_match
+from edgewise.verify.retrieval import RANKS, has_two_towers, recall
 
 
 def verify(
@@ -25,7 +26,8 @@ def verify(
             metavar="SRC",
             help=f"Measure accuracy on labelled data: {options.DATA_HELP}. Of a speech model a table (.tsv, .csv) with the columns "
             "`file` and `text`: measure the word error rate. Of a model that answers about images or recordings demo:vqa (images), "
-            "or a table with the columns `file`, `question` and `answer`: measure the exact match of its answers.",
+            "or a table with the columns `file`, `question` and `answer`: measure the exact match of its answers. Of a model with "
+            "two towers (CLIP) an .npz with an array for each input, whose rows are pairs: measure recall@1 and recall@5.",
         ),
     ] = None,
     data_samples: Annotated[
@@ -45,6 +47,7 @@ def verify(
     opened = Bundle.open(bundle)
     spoken = data is not None and is_speech(opened)
     asked = data is not None and answers_questions(opened)
+    paired = data is not None and has_two_towers(opened)
     if data_samples is not None and data is None:
         raise InputError("--data-samples goes with --data")
     with screen.progress() as step:
@@ -53,7 +56,7 @@ def verify(
         )
     screen.show(tables.ladder(rungs))
     scores: list[dict[str, Any]] = []
-    if data is not None and not spoken and not asked:
+    if data is not None and not spoken and not asked and not paired:
         scores = accuracy(opened, data, target or None, threads, screen.counter, screen.say, data_samples, function)
         numbers = ("samples", "correct", "top-1")
         made = table(f"accuracy on {data}", "artifact", *numbers, right=numbers)
@@ -77,6 +80,15 @@ def verify(
         for one in answers:
             row(made, one["artifact"], one["samples"], one["correct"], f"{one['exact_match']:.2%}")
         screen.show(made)
+    recalls: list[dict[str, Any]] = []
+    if data is not None and paired:
+        recalls = recall(opened, data, target or None, threads, screen.counter, screen.say, data_samples, function)
+        ways = {"media_to_text": "of texts", "text_to_media": "of media"}
+        shares = ("pairs", *(f"recall@{k} {what}" for what in ways.values() for k in RANKS))
+        made = table(f"retrieval in {data}", "artifact", *shares, right=shares)
+        for one in recalls:
+            row(made, one["artifact"], one["samples"], *(f"{one[way][str(k)]:.2%}" for way in ways for k in RANKS))
+        screen.show(made)
     failed = [rung.name for rung in rungs if rung.passed is False]
     checked = [rung.name for rung in rungs if rung.passed]
     if failed:
@@ -90,9 +102,10 @@ def verify(
             "bundle": str(bundle),
             "passed": not failed,
             "verification": [rung.model_dump(mode="json") for rung in rungs],
-            "accuracy": scores if data is not None and not spoken and not asked else None,
+            "accuracy": scores if data is not None and not spoken and not asked and not paired else None,
             "wer": rates if spoken else None,
             "exact_match": answers if asked else None,
+            "recall": recalls if paired else None,
         },
         1 if failed else 0,
     )
