@@ -4,6 +4,7 @@ edgewise."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from vlm_families import make, noise
 from vlm_reference import IMAGE, Compression, greedy_of_several, zipped
+from vlm_zipped import zipped_behind
 
 import edgewise
 
@@ -130,11 +132,21 @@ OF_TWO = [[[1, 5, 6], [7, 8], [9, 3]], [[], [2], [4]]]
 """Texts before, between and behind the images."""
 
 
-def check_compressed(name: str, spec: str, kept: int, out: Path, targets: tuple[str, ...], images: int = 1) -> str:
-    """Export a family with `spec` (VisionZip or DivPrune, which leave `kept` tokens of every image) in front of its decoder and
+IN_FRONT = ("llava", "paligemma")
+"""Families whose projectors take tokens one by one: VisionZip goes in front of them."""
+SPECS = {name: ("visionzip:keep=20,context=4", 24) for name in (*IN_FRONT, "llava-next", "llava-onevision")}
+"""VisionZip for a family, and how many tokens it leaves of an image, where they are more than `FEW`."""
+FEW = ("visionzip:keep=6,context=3", 9)
+
+
+def check_compressed(
+    name: str, out: Path, targets: tuple[str, ...], images: int = 1, *, spec: str = "", kept: int = 0, **settings: Any
+) -> str:
+    """Export a family with VisionZip (or DivPrune, by a `spec` that leaves `kept` tokens of an image) in front of its decoder and
     FastV inside of it, for prompts with one image or two, and compare every token that it generates with this. Gives back what the
-    caches hold."""
+    caches hold. `settings`: more for the export."""
     model, example = make(name, images)
+    spec, kept = (spec, kept) if spec else SPECS.get(name, FEW)
     fast = f"fastv@decoder.block[{BLOCK}]:keep={KEEP}"
     bundle = edgewise.export(
         model,
@@ -146,13 +158,13 @@ def check_compressed(name: str, spec: str, kept: int, out: Path, targets: tuple[
         prompt_tokens=10,
         new_tokens=NEW,
         cache=False,
+        **settings,
     )
     about = bundle.manifest.pipeline
     assert about is not None and about.media_tokens == kept
     assert [cache.media for cache in about.caches] == [images * kept] * BLOCK + [KEEP] * (4 - BLOCK)
     pixels = noise(*example.pop("pixel_values").shape, seed=5)
-    # LLaVA reads the block before the last.
-    zipped_at = Compression(tower=2 if name == "llava" else 3, dominant=20, context=4, stages={})
+    found = re.match(r"visionzip:keep=(\d+),context=(\d+)", spec)
     wanted, prompts = [], PROMPTS if images == 1 else OF_TWO
     for texts in prompts:
         model, _ = make(name)
@@ -161,19 +173,11 @@ def check_compressed(name: str, spec: str, kept: int, out: Path, targets: tuple[
             place += len(text)
             span += range(place, place + kept)
             place += kept
+        few, stays, count = chosen(name, model, pixels, example, images, found and (int(found[1]), int(found[2])), kept)
         with ExitStack() as stack, torch.no_grad():
-            if spec.startswith("visionzip"):
-                few = torch.cat([zipped(model, one, zipped_at) for one in pixels.chunk(images)])
-                stack.enter_context(features(model, lambda x, few=few: few))
-            else:
-                whole = model.model.get_image_features(pixel_values=pixels, **example).pooler_output
-                rows = torch.cat([one.reshape(-1, one.shape[-1]) for one in whole])
-                count = len(rows) // images
-                stays = [divprune(one, kept) for one in rows.split(count)]
-                chosen = [turn * count + n for turn, stay in enumerate(stays) for n in stay]
-                stack.enter_context(features(model, lambda x, chosen=chosen: x[chosen]))
-                if hasattr(model.model, "get_rope_index"):
-                    stack.enter_context(positions(model, stays, count))
+            stack.enter_context(features(model, lambda x, few=few: few))
+            if stays and hasattr(model.model, "get_rope_index"):
+                stack.enter_context(positions(model, stays, count))
             stack.enter_context(fastv(model, BLOCK, KEEP, span))
             wanted.append(greedy_of_several(model, pixels, texts, kept, NEW, **example))
         assert len(set(wanted[-1])) > 6
@@ -182,4 +186,28 @@ def check_compressed(name: str, spec: str, kept: int, out: Path, targets: tuple[
             for texts, ids in zip(prompts, wanted, strict=True):
                 asked = [*texts[0], *(token for text in texts[1:] for token in (IMAGE, *text))]
                 assert loaded.generate(input_ids=asked, images=pixels.numpy()).ids == ids, (name, target)
-    return str([cache.media for cache in about.caches])
+    return f"{spec}: {[cache.media for cache in about.caches]}"
+
+
+def chosen(
+    name: str, model: Any, pixels: Tensor, example: dict[str, Tensor], images: int, zip_: tuple[int, int] | None, keep: int
+) -> tuple[Tensor, list[list[int]], int]:
+    """The few tokens of all images `(K, C)`; which they were, image by image (none said: their order is all there is to know), of
+    how many. `zip_`: dominant and context tokens of VisionZip; DivPrune without."""
+    if zip_ and name in IN_FRONT:
+        # LLaVA reads the block before the last.
+        how = Compression(tower=2 if name == "llava" else 3, dominant=zip_[0], context=zip_[1], stages={})
+        with torch.no_grad():
+            return torch.cat([zipped(model, one, how) for one in pixels.chunk(images)]), [], 0
+    with torch.no_grad():
+        whole = model.model.get_image_features(pixel_values=pixels, **example).pooler_output
+    rows = torch.cat([one.reshape(-1, one.shape[-1]) for one in whole])
+    count = len(rows) // images
+    if zip_:
+        tiles = 1 if name in ("idefics3", "smolvlm") else 0  # of all images one behind the other
+        parts = [dict(zip(example, one, strict=True)) for one in zip(*(v.chunk(images) for v in example.values()), strict=True)]
+        turns = zip(pixels.chunk(images, tiles), parts or [{}] * images, strict=True)
+        made = [zipped_behind(name, model, one, *zip_, **more) for one, more in turns]
+        return torch.cat([few for few, _ in made]), [stay for _, stay in made], count
+    stays = [divprune(one, keep) for one in rows.split(count)]
+    return rows[[turn * count + n for turn, stay in enumerate(stays) for n in stay]], stays, count

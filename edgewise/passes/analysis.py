@@ -11,7 +11,8 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from edgewise.passes.anchors import Anchor, CausalMasks, elementwise, find_anchors
-from edgewise.passes.graph import describe, reachable, shape_of, user_inputs
+from edgewise.passes.graph import ancestors, describe, reachable, shape_of, user_inputs
+from edgewise.passes.groups import Origin
 from edgewise.passes.origin import constant_prefix, grid_of
 from edgewise.passes.query_modules import QueryModule, find_query_modules
 from edgewise.passes.samples import Samples
@@ -90,6 +91,8 @@ class Stream:
     """The encoders of the same graph that this decoder's tokens come from: with fewer tokens there, fewer come here."""
     broken: str | None = None
     """Where tokens cannot be followed any further, and why; None if they can, to the end."""
+    origin: Origin | None = None
+    """Of tokens that no attention ran over: the encoder's that they are made of."""
     piece: int = 0
     """Which part of a broken encoder this is: parts of one encoder are fed by the first of them."""
 
@@ -150,15 +153,17 @@ def analyse(program: ExportedProgram) -> Analysis:
 
 def with_output(found: Analysis, program: ExportedProgram, index: int, grid: tuple[int, ...] | None = None) -> Analysis:
     """The same, with a site `projector.out` at an output `(B, N, C)` of the graph that is known to hold tokens, where none is:
-    between it and the encoder, tokens are read as a grid, or the encoder sees a part of them at a time. They have no attention of
-    their own, and the `grid` that is given."""
+    between it and the encoder, tokens are read as a grid, or the encoder sees a part of them at a time. Attention is that of the
+    tokens that they are made of, and they have the `grid` that is given."""
     node = next(n for n in program.graph.nodes if n.op == "output").args[0][index]  # type: ignore[index]
     names = {place.name for stream in found.streams for place in stream.places}
-    anchor = next((s.blocks[-1].anchor for s in found.streams if s.of_media and s.blocks), next(iter(found.anchors), None))
-    if f"{PROJECTOR}.out" in names or anchor is None or not isinstance(node, fx.Node) or len(shape_of(node)) != 3:
+    if f"{PROJECTOR}.out" in names or not found.anchors or not isinstance(node, fx.Node) or len(shape_of(node)) != 3:
         return found
-    stream = Stream(PROJECTOR, PROJECTOR, node, 1, shape_of(node)[1], 0, 0, grid)
-    stream.projector = (Place(f"{PROJECTOR}.out", node, 1, anchor),)
+    reading = {anchor for module in found.modules for anchor in module.anchors}
+    classes = [place.anchor for stream in found.streams if stream.of_media and stream.prefix for place in stream.blocks]
+    origin = Origin(program, [a for a in found.anchors if a not in reading], node, classes)
+    stream = Stream(PROJECTOR, PROJECTOR, node, 1, shape_of(node)[1], 0, 0, grid, origin=origin)
+    stream.projector = (Place(f"{PROJECTOR}.out", node, 1, (origin.attentions or found.anchors)[-1]),)
     return replace(found, streams=[*found.streams, stream])
 
 
@@ -404,12 +409,7 @@ def _leading_to(doomed: dict[fx.Node, str]) -> dict[fx.Node, str]:
 
 def _role(root: fx.Node, inputs: list[fx.Node]) -> str:
     """What kind of encoder a stream is, by the inputs that reach it."""
-    seen, stack = {root}, [root]
-    while stack:
-        for parent in stack.pop().all_input_nodes:
-            if parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
+    seen = ancestors(root)
     values = [n.meta["val"] for n in inputs if n in seen]
     media = [v for v in values if v.dtype.is_floating_point]
     if not media:

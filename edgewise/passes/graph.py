@@ -269,6 +269,17 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(n) for n in value.shape) if isinstance(value, Tensor) else ()
 
 
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """All nodes that a node depends on, itself included."""
+    seen, stack = {node}, [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return seen
+
+
 def reachable(sources: Iterable[fx.Node]) -> set[fx.Node]:
     """All nodes that depend on any of `sources`, those included."""
     seen = set(sources)

@@ -16,6 +16,7 @@ from edgewise.ops.reduce import take
 from edgewise.passes.analysis import Place, Stream
 from edgewise.passes.anchors import Anchor, find_anchors
 from edgewise.passes.graph import Editor, describe, reachable, shape_of, source_line, user_inputs
+from edgewise.passes.groups import Origin
 from edgewise.passes.infra import Pass, PassError, PassResult
 from edgewise.passes.plan import Step
 from edgewise.passes.step import Made, reduce_step
@@ -392,22 +393,19 @@ class _Insertion:
         crossed: list[fx.Node] = []
         if {"attention", "keys", "queries"} & set(needs):
             self._check_meaning(step, anchor)
-        if "attention" in needs:
+        if self.stream.origin is not None:
+            crossed = self._of_groups(self.stream.origin, set(needs), operands, level)
+        elif "attention" in needs:
             softmax = self.by_name[anchor.softmax.name]
             if ahead is not None:
                 operands |= self._ahead(step.place, ahead, proof)
                 start = len(self.levels) - 2
             else:
-                if anchor.fused:
-                    given = dict(zip(("q", "k", "v", "mask"), softmax.args, strict=False)) | dict(softmax.kwargs)
-                    operands |= {"q": given["q"], "k": given["k"],  # type: ignore[dict-item]
-                                 "mask": given.get("mask", given.get("attn_mask"))}
-                else:
-                    operands["weights"] = softmax
+                operands |= _attention_of(anchor, softmax)
                 start = self._level_of(softmax, proof)
             operands["filling"] = self.levels[start].padding
             crossed = self._crossed(start, level, softmax)
-        if "keys" in needs or "queries" in needs:
+        if ("keys" in needs or "queries" in needs) and self.stream.origin is None:
             operands["keys"] = self._scored(anchor.k, anchor.key_axis, level, proof)
         if "queries" in needs:
             operands["queries"] = self._scored(anchor.q, len(shape_of(anchor.q)) - 2, level, proof)
@@ -422,6 +420,19 @@ class _Insertion:
             raise InputError(f"{step.method.name} at {step.place.name}: {error}") from error
         self.taps.append(Tap(self.stream, step, anchor, operands, crossed, made[2]))
         return made  # type: ignore[no-any-return]
+
+    def _of_groups(self, origin: Origin, needs: set[str], operands: dict[str, fx.Node | None], level: _Level) -> list[fx.Node]:
+        """The attentions of the tokens that those here are made of, as operands with the number of each."""
+        if not needs & {"attention", "keys"}:
+            return []
+        for i, anchor in enumerate(origin.attentions):
+            softmax, key = self.by_name[anchor.softmax.name], self.by_name[anchor.k.name]
+            if shape_of(key) != shape_of(anchor.k):
+                raise Refused("tokens were taken out of the encoder, so that those here are made of others", node=key.name,
+                              source=source_line(key) or None, method=self.method)
+            operands |= {f"{name}.{i}": node for name, node in _attention_of(anchor, softmax).items() if "attention" in needs}
+            operands |= {f"keys.{i}": key} if "keys" in needs else {}
+        return self._crossed(len(self.levels) - 2, level, self.by_name[origin.attentions[0].softmax.name])
 
     def _check_meaning(self, step: Step, anchor: Anchor) -> None:
         if anchor.causal and step.place.kind != "decoder":
@@ -504,6 +515,14 @@ class _Insertion:
                               source=source_line(node) or None, method=self.method)
             value = self._emit(lambda v, k: take(v, k, axis, 0), [value, kept], node)
         return value
+
+
+def _attention_of(anchor: Anchor, softmax: fx.Node) -> dict[str, fx.Node | None]:
+    """What an attention is computed of, or its map where it is spelled out."""
+    if not anchor.fused:
+        return {"weights": softmax}
+    given = dict(zip(("q", "k", "v", "mask"), softmax.args, strict=False)) | dict(softmax.kwargs)
+    return {"q": given["q"], "k": given["k"], "mask": given.get("mask", given.get("attn_mask"))}  # type: ignore[dict-item]
 
 
 def _in_order(*parts: Tensor) -> Tensor:

@@ -133,6 +133,8 @@ def make_plan(analysis: Analysis, specs: Sequence[Spec]) -> tuple[list[tuple[Str
     """
     notes: list[str] = []
     chosen = [(spec, *places_of(analysis, spec)) for spec in specs]
+    notes += [f"{spec.text} is at {places[0].name}: the number of tokens cannot change before it" for spec, stream, places in chosen
+              if spec.site is None and stream.role == PROJECTOR]
     plan: list[tuple[Stream, list[Step]]] = []
     for stream in analysis.streams:
         rank = {place.name: i for i, place in enumerate(stream.places)}
@@ -161,6 +163,9 @@ SITES = {"block": "encoder.block[i]", "out": "encoder.out", "projector": "projec
 def places_of(analysis: Analysis, spec: Spec) -> tuple[Stream, list[Place]]:
     """The stream and places that a spec names, or those that are its method's default."""
     name = spec.method.name
+    behind = _behind_projector(analysis, spec) if spec.site is None else None
+    if behind is not None:
+        return behind, list(behind.projector)
     if not analysis.streams or (spec.site is None and all(s.role == PROJECTOR for s in analysis.streams)):
         raise _no_streams(analysis, name)
     by_name = {p.name: (s, p) for s in analysis.streams for p in s.places}
@@ -205,6 +210,15 @@ def places_of(analysis: Analysis, spec: Spec) -> tuple[Stream, list[Place]]:
         if place.refused:
             raise Refused(f"the token count cannot change at {place.name}, because of {place.refused}", method=name)
     return stream, places
+
+
+def _behind_projector(analysis: Analysis, spec: Spec) -> Stream | None:
+    """The tokens behind a projector, for a method that says no site: where the count of those before it cannot change."""
+    streams = [s for s in analysis.streams if s.role == PROJECTOR]
+    if not streams or "projector" not in spec.method.sites:
+        return None
+    ahead = [place for s in analysis.streams if s.of_media for place in s.places]
+    return None if any(place.refused is None for place in ahead) else streams[0]
 
 
 def _default_stream(analysis: Analysis, spec: Spec) -> Stream:
@@ -375,10 +389,10 @@ def _one(tensors: dict[str, Tensor], path: str) -> Tensor:
 
 def _check_needs(method: Method, stream: Stream, before: list[Step]) -> None:
     scored = {"attention", "keys", "queries"} & set(method.needs)
-    if stream.role == PROJECTOR and scored:
+    if stream.origin is not None and scored and stream.origin.refused:
         free = sorted(m.name for m in METHODS.values() if "projector" in m.sites and not m.needs)
-        raise ValueError(f"{method.name} needs {' and '.join(sorted(scored))}, and the tokens here were made of several of the "
-                         f"encoder's: use {', '.join(free)}")
+        raise ValueError(f"{method.name} needs {' and '.join(sorted(scored))} of each token, and {stream.origin.refused}: use "
+                         + ", ".join(free))
     if "frames" in method.needs and (stream.frames is None or before):
         raise ValueError(f"{method.name} needs the tokens of all frames of a video, frame after frame, and "
                          + (f"{before[-1].method.name} before it has taken some" if stream.frames else

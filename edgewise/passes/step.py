@@ -1,7 +1,7 @@
 """What one step of a plan computes, in plain torch: the body that an insertion traces into the graph."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,14 +48,32 @@ def reduced(step: Step, anchor: Anchor, stream: Stream, given: Mapping[str, Tens
         keys, queries = _side_by_side(keys), _side_by_side(queries)
     elif keys is not None:
         keys = keys.mean(dim=1)
-    attention = _Attention(step, anchor, stream, given, crossed, batch)
+    attend: Callable[[slice], Tensor] = _Attention(step, anchor, stream, given, crossed, batch).rows
+    has_class = stream.prefix > 0
+    if stream.origin is not None and set(step.method.needs) & {"attention", "keys"}:
+        groups = stream.origin.groups
+        has_class, attend = groups.has_class, lambda rows: _left(groups.attention(given, rows), crossed, 3)
+        keys = _left(groups.keys(given), crossed, 1) if "keys" in step.method.needs else None
+        padding = _also(padding, _left(groups.none, crossed, 1)) if step.method.pads else padding
     made = step.method.reduce(
-        Tokens(_until(tokens, last), _until(size, last), _until(keys, last), attention.rows, stream.grid, _until(padding, last),
-               step.protected, has_class=stream.prefix > 0, queries=_until(queries, last), text=given.get("text"),
+        Tokens(_until(tokens, last), _until(size, last), _until(keys, last), attend, stream.grid, _until(padding, last),
+               step.protected, has_class=has_class, queries=_until(queries, last), text=given.get("text"),
                frames=stream.frames, weights=_weights(step, given), block=_block(step, stream),
                tail=_tail(step, tokens, keys, given.get("order")) if step.tail else None, first=_first(step, given)),
         keep=step.keep, **dict(step.parameters))
     return with_tail(made, tokens, size, step.tail)
+
+
+def _left(value: Any, crossed: Sequence[Tensor], axis: int) -> Any:
+    """Of what has an entry for each token, the entries of those that are left."""
+    for kept in crossed if value is not None else ():
+        value = take(value, kept, axis, 0)
+    return value
+
+
+def _also(padding: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """What is padding for one of two reasons."""
+    return more if padding is None else padding if more is None else padding | more
 
 
 def _tail(step: Step, tokens: Tensor, keys: Tensor | None, order: Tensor | None) -> Tokens:
@@ -111,8 +129,7 @@ class _Attention:
             keys = _heads(k, self.batch, self.anchor.transposed_k)
             attention = attention_rows(_heads(q, self.batch)[:, :, rows], keys, self.anchor.scale, mask, filling)
         attention = without_rows(attention, None if filling is None else filling[:, rows])
-        for kept in self.crossed:
-            attention = take(attention, kept, 3, 0)
+        attention = _left(attention, self.crossed, 3)
         return attention[..., :attention.shape[-1] - self.tail] if self.tail else attention
 
 
