@@ -83,17 +83,25 @@ def test_what_a_bundle_generates(name: str, target: str, tmp_path: Path) -> None
             assert len(set(made.ids)) > 8
 
 
+BOTH = ("openvino", "onnxruntime")
+
+
 @pytest.mark.parametrize(
-    ("name", "spec", "kept", "images"),
+    ("name", "spec", "kept", "images", "targets"),
     [
-        ("paligemma", "visionzip:keep=20,context=4", 24, 1),
-        ("internvl", "divprune@projector.out:keep=9", 9, 1),
-        ("qwen2-vl", "divprune@projector.out:keep=9", 9, 2),
+        ("paligemma", "", 0, 1, ("openvino",)),
+        ("llava-next", "", 0, 1, BOTH),
+        ("gemma3", "", 0, 1, BOTH),
+        ("qwen2.5-vl", "", 0, 2, BOTH),
+        ("internvl", "divprune@projector.out:keep=9", 9, 1, ("openvino",)),
+        ("qwen2-vl", "divprune@projector.out:keep=9", 9, 2, ("openvino",)),
     ],
 )
-def test_compressed_as_research_code_does_it(name: str, spec: str, kept: int, images: int, tmp_path: Path) -> None:
+def test_compressed_as_research_code_does_it(
+    name: str, spec: str, kept: int, images: int, targets: tuple[str, ...], tmp_path: Path
+) -> None:
     """In front of the decoder and inside of it. `benchmarks/vlm_families.py --compressed` does the same for every family."""
-    check_compressed(name, spec, kept, tmp_path / "b", ("openvino",), images)
+    check_compressed(name, tmp_path / "b", targets, images, spec=spec, kept=kept)
 
 
 def test_images_of_different_shapes_are_refused(tmp_path: Path) -> None:
@@ -127,12 +135,12 @@ def test_tokens_bring_their_places(method: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "spec", "message"),
     [
-        ("smolvlm", "visionzip:keep=20,context=4", r"divprune@projector.out:keep=.*fastv"),
-        ("smolvlm", "topk@projector.out:keep=4", "needs attention, and the tokens here were made of several"),
+        ("smolvlm", "visionzip@encoder.out:keep=20,context=4", r"divprune@projector.out:keep=.*fastv"),
         ("qwen2-vl", "pyramiddrop@decoder.block[2]:keep=4", "use fastv, sparsevlm or dart"),
         ("llava", "fastv@decoder.block[2]:keep=4,span=0:64", "leave span out"),
-        ("qwen2-vl", "visionzip:keep=4,context=1", r"splits the tokens into a grid.*divprune@projector.out"),
-        ("qwen2-vl", "avgpool1d@projector.out:kernel=2,stride=2", "pooled tokens have none of their own"),
+        ("qwen2-vl", "visionzip@encoder.out:keep=4,context=1", r"splits the tokens into a grid.*divprune@projector.out"),
+        ("internvl", "visionzip:keep=14,context=3", r"cannot keep 14 of 16"),
+                ("qwen2-vl", "avgpool1d@projector.out:kernel=2,stride=2", "pooled tokens have none of their own"),
     ],
 )
 def test_compression_that_a_pipeline_cannot_carry(name: str, spec: str, message: str, tmp_path: Path) -> None:

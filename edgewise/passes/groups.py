@@ -79,7 +79,7 @@ class Groups:
 
 
 def _received(asked: Asked, given: Mapping[str, Any], of_class: bool) -> Tensor:
-    """What the tokens of one attention receive `(R, N)`, on average over heads and the rows that are asked, or of the class token."""
+    """What the tokens of one attention receive `(R, N)`, on average over heads and the rows asked for, or of the class token."""
     weights, q, k, mask = given["weights"], given["q"], given["k"], given["mask"]
     rows = slice(0, 1) if of_class else asked.rows
     if weights is not None:

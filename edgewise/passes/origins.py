@@ -30,12 +30,19 @@ _MOVES = {
 }
 _SAME = {
     aten.clone.default, aten.contiguous.default, aten.dropout.default, aten.alias.default, aten.detach.default, aten.to.dtype,
-    aten._to_copy.default, aten.batch_norm.default,
+    aten._to_copy.default,
 }
 _ALONG = {
     aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction, aten.var.dim,
     aten.linalg_vector_norm.default, aten.softmax.int, aten._softmax.default,
 }
+_TUPLES = {aten._native_batch_norm_legit_no_training.default, aten.native_dropout.default}
+"""The same, first of several results."""
+_FILLED = {
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default, aten.zeros_like.default,
+    aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+}
+"""Ops that take a shape and no values."""
 _PRODUCTS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
 _SPACE = {
     aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2, aten.adaptive_avg_pool1d.default: 1,
@@ -85,6 +92,8 @@ class Origins:
         target, first = node.target, node.args[0]
         if target is operator.getitem:
             return self._values[first][node.args[1]]  # type: ignore[index]
+        if target in _FILLED:
+            return torch.zeros((), dtype=torch.int64).expand(shape_of(node))
         if target in _MOVES:
             try:
                 return target(*self._moved(node.args), **self._moved(node.kwargs))  # type: ignore[operator]
@@ -97,7 +106,13 @@ class Origins:
         if elementwise(node) or (target in _SAME and alone and follows is not None):
             parts = [self._values[n] for n in node.all_input_nodes if n in self._values]
             return self._pointwise(parts, shape_of(node))
+        if target in _TUPLES and alone and follows is not None:
+            return [follows]
+        if target is aten.scaled_dot_product_attention.default:
+            return self._attention(node)
         if follows is not None and alone:
+            if target is aten.batch_norm.default and not node.args[5]:  # not training: channels are scaled by constants
+                return follows
             if target is aten.linear.default:
                 return self._join(follows)[..., None].expand(shape_of(node))
             if target in (aten.layer_norm.default, aten.rms_norm.default):
@@ -113,7 +128,7 @@ class Origins:
                 spatial = _CONVOLUTIONS[target]
                 joined = self._along(follows, [-spatial - 1], True)
                 return self._through(joined, spatial, _windows(node, follows.shape[-spatial:]), shape_of(node))
-        if target in _PRODUCTS and alone:
+        if target in _PRODUCTS:
             product = self._product(node)
             if product is not None:
                 return product
@@ -172,11 +187,27 @@ class Origins:
         made = made.reshape(*made.shape[:-1], *shape[len(shape) - spatial:])
         return made.expand(shape)
 
+    def _attention(self, node: fx.Node) -> Tensor:
+        """Each query's row is made of its own and of all keys and values of the same sample and head."""
+        given = dict(zip(("query", "key", "value", "attn_mask"), node.args, strict=False)) | dict(node.kwargs)
+        sets = {name: self._values[n] for name, n in given.items() if isinstance(n, fx.Node) and n in self._values}
+        if "attn_mask" in sets or given.get("enable_gqa"):
+            return self._all(node)  # type: ignore[no-any-return]
+        parts = [self._join(sets[name])[..., None] for name in ("query",) if name in sets]
+        parts += [self._along(sets[name], (-2, -1), True) for name in ("key", "value") if name in sets]
+        return self._pointwise(parts, shape_of(node))
+
     def _product(self, node: fx.Node) -> Tensor | None:
-        """A product with a constant: its left side is joined along its rows, its right side as the constant says."""
+        """A product: joined along the rows of its left side and the columns of its right side; by a constant on the left, as that
+        says."""
         left, right = node.args
         shape = shape_of(node)
         assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+        if left in self._values and right in self._values:
+            if min(self._values[left].ndim, self._values[right].ndim) < 2:
+                return None
+            columns = self._join(self._values[right].transpose(-1, -2))[..., None, :]
+            return self._pointwise([self._join(self._values[left])[..., None], columns], shape)
         if left in self._values:
             return self._join(self._values[left])[..., None].expand(shape)
         weights = self._known(left)
