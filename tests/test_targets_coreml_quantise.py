@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import edgewise
-from edgewise.calibration.data import Port, open_source
-from edgewise.calibration.samples import survey
 from edgewise.errors import InputError
+from edgewise.passes.graph import MADE_BY
+from edgewise.passes.legalise import Legalise
 from edgewise.targets import get
+from edgewise.targets.base import Lowering
+from edgewise.targets.coreml.convert import quiet
 from edgewise.targets.coreml.package import Package
+from edgewise.targets.coreml.pt2e import observe, quantised
+from edgewise.targets.coreml.weights import check_whole
 from edgewise.targets.scales import smoothing
 
 WIDTH, TOKENS, SAMPLES = 48, 16, 12
@@ -192,21 +197,25 @@ def test_a_compressed_program_is_quantised_in_its_layers_alone(tmp_path: Path) -
     assert record is not None and record.layers == [op.type for op in operations(made)].count("constexpr_affine_dequantize")
 
 
-def test_silent_layers_stay_in_half_precision(half: edgewise.Bundle, tmp_path: Path) -> None:
+def of(module: nn.Module, *inputs: Tensor) -> Lowering:
+    """A program that is to be quantised, with inputs `x`, `y`."""
+    return Lowering(torch.export.export(module.eval(), inputs, strict=False), ["x", "y"][: len(inputs)], ["output"])
+
+
+def test_silent_layers_stay_in_half_precision(tmp_path: Path) -> None:
     """Nothing can be learned of a layer that sees nothing but zeros, and a scale of zero would be no number."""
-    ports = {"x": Port((1, 3, 32, 32), "float32")}
-    source = open_source({"x": np.zeros((2, 3, 32, 32), np.float32)}, ports)
-    quantiser = get("coreml").quantiser(files(half), "w8a8", survey(source, ports, range(2)))
+    zeros = [{"x": np.zeros((1, 3, 32, 32), np.float32)}] * 2
+    quantiser = get("coreml").quantiser([], "w8a8", zeros, made_of=of(model(), torch.zeros(1, 3, 32, 32)))
     assert "patches" not in quantiser.layers and "1 layers are zero on all samples" in quantiser.notes[0]
     written = quantiser.write(tmp_path / "q", "m")
     assert np.isfinite(outputs("coreml", written, pictures(2))).all()
 
 
-def test_what_is_too_large_for_half_precision_is_said(half: edgewise.Bundle, tmp_path: Path) -> None:
-    ports = {"x": Port((1, 3, 32, 32), "float32")}
-    source = open_source({"x": np.full((1, 3, 32, 32), 1e6, np.float32)}, ports)
+@pytest.mark.parametrize("large", [1e6, float("nan")])
+def test_what_is_too_large_for_half_precision_is_said(large: float) -> None:
+    feeds = [{"x": pictures(1)}, {"x": np.full((1, 3, 32, 32), large, np.float32)}, {"x": pictures(1)}]
     with pytest.raises(InputError, match="not finite on the calibration data"):
-        get("coreml").quantiser(files(half), "w8a8", survey(source, ports, range(1)))
+        get("coreml").quantiser([], "w8a8", feeds, made_of=of(model(), torch.zeros(1, 3, 32, 32)))
 
 
 def test_smoothing_leaves_products_as_they_are() -> None:
@@ -220,3 +229,98 @@ def test_smoothing_leaves_products_as_they_are() -> None:
         np.testing.assert_allclose((x / scale) @ (weight * scale).T, x @ weight.T, atol=1e-9)
     spread = [np.ptp(np.log(np.abs(value).max(0)[:3])) for value in (x, x / scale)]
     assert spread[1] < 0.6 * spread[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["coreml", "coreml-ane", "coreml-ios18"])
+def test_packages_compute_what_pt2e_made(target: str, tmp_path: Path) -> None:
+    """In single precision a value is put on another step of the grid only where sums in another order pass half of one."""
+    x, made_of = pictures(), of(model(), torch.zeros(1, 3, 32, 32))
+    program = quantised(made_of.exported, observe(made_of.exported, [{"x": one[None]} for one in x], ["x"]), {})
+    wanted = np.concatenate([program.module()(torch.from_numpy(one[None])).numpy() for one in x])
+    named = {"input_names": ["x"], "output_names": ["output"]}
+    written = get(target).lower(program, tmp_path, "m", precision="fp32", **named)  # type: ignore[arg-type]
+    ops = get(target).ops(written)
+    assert ops is not None and sum(n for name, n in ops.items() if name.startswith("constexpr")) == len(LAYERS)
+    lost = sqnr(by_hand(x, quantise=False), wanted)
+    assert sqnr(wanted, outputs(target, written, x)) > lost + 15
+    assert 25 < lost < 45 and sqnr(by_hand(x), wanted) > lost + 4  # steps and smoothing are rounded as they are stored
+
+
+def test_marks_of_compression_are_kept() -> None:
+    """They tell what stays in single precision, and what no layout or rewriting may touch."""
+    captured = edgewise.capture(model(), (torch.from_numpy(pictures(1)),))
+    compressed = edgewise.compress(captured, "tome:keep=0.5").exported
+    exported = Legalise(get("coreml").realisations)(compressed).program
+    made = quantised(exported, observe(exported, [{"x": pictures(1)}], ["x"]), {})
+
+    def marked(program: torch.export.ExportedProgram) -> Counter[tuple[str, Any]]:
+        ops = (torch.ops.aten.matmul.default, torch.ops.aten.amax.default, torch.ops.aten.linear.default)
+        return Counter((str(n.target), n.meta.get(MADE_BY)) for n in program.graph.nodes if n.target in ops)
+
+    assert marked(made) == marked(exported) and {mark for _, mark in marked(made)} > {None}
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Conv1d(8, 64, 5, padding="same", groups=2)
+        self.volume = nn.Conv3d(4, 16, 3, stride=2, padding=1, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor]:
+        return (self.line(x).mean() + self.volume(y),)
+
+
+class Tied(nn.Module):
+    """One table is looked up, and is the weight of a layer that is used twice, on values of other ranges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(48, 48)
+        self.layer = nn.Linear(48, 48, bias=False)
+        self.layer.weight = self.table.weight
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([self.layer(self.layer(x) * 0.1), self.table(y)], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Convolutions, Tied])
+def test_other_layers(kind: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    module = kind().eval()
+    if kind is Tied:
+        samples = [(torch.randn(2, 5, 48), torch.randint(0, 48, (2, 3))) for _ in range(8)]
+    else:
+        samples = [(torch.randn(2, 8, 19), torch.randn(2, 4, 6, 7, 8)) for _ in range(8)]
+    feeds = [{"x": x.numpy(), "y": y.numpy()} for x, y in samples]
+    quantiser = get("coreml").quantiser([], "w8a8", feeds, made_of=of(module, *samples[0]))
+    assert quantiser.layers == (("layer",) if kind is Tied else ("line", "volume"))
+    written = quantiser.write(tmp_path, "m")
+    ops = get("coreml").ops(written)
+    # A weight that is used twice is smoothed alike, and stored once.
+    assert ops is not None and ops["quantize"] == 2 and ops["constexpr_affine_dequantize"] == (1 if kind is Tied else 2)
+    with get("coreml").load(written) as session:
+        found = np.stack([session.run(feed)["output"] for feed in feeds])
+    wanted = np.stack([torch.utils._pytree.tree_leaves(module(*one))[0].numpy() for one in samples])
+    assert 25 < sqnr(wanted, found) < 50
+    if kind is Tied:  # what is looked up is not on a grid
+        np.testing.assert_allclose(found[:, :, 5:], wanted[:, :, 5:], rtol=2**-11, atol=1e-7)
+
+
+def test_a_dense_weight_of_a_quantised_layer_is_refused() -> None:
+    import coremltools
+    from coremltools.converters.mil.mil import Builder
+
+    with quiet():
+
+        @Builder.program(input_specs=[Builder.TensorSpec(shape=(2, 3, 64))], opset_version=coremltools.target.iOS17)
+        def program(x: Any) -> Any:
+            code = Builder.quantize(input=x, scale=np.float32(0.1), output_dtype="int8")
+            read = Builder.transpose(x=Builder.dequantize(input=code, scale=np.float32(0.1)), perm=[1, 0, 2])
+            return Builder.linear(x=read, weight=np.ones((32, 64), np.float32), name="layer")
+
+        made = coremltools.convert(program, convert_to="mlprogram", minimum_deployment_target=coremltools.target.iOS17,
+                                   compute_precision=coremltools.precision.FLOAT32, skip_model_load=True)  # fmt: skip
+        with pytest.raises(InputError, match=r"did not quantise .*weight.* as it was told"):
+            check_whole(made)

@@ -127,8 +127,8 @@ def _quantised(job: Job, low: Lowered, data: Data | None, samples: list[dict[str
         return low.artifact
     place = folder / low.target.name
     place.mkdir(parents=True, exist_ok=True)
-    role = low.artifact.role
-    files, record, notes = quantise(low.target, low.files, precision, job.wish, data, place, role, job.tell, job.leaders)
+    role, given = low.artifact.role, (low.files, low.made_of)
+    files, record, notes = quantise(low.target, *given, precision, job.wish, data, place, role, job.tell, job.leaders)
     job.notes += notes
     artifact, rung = described(low, files, precision, record, samples, folder)
     job.rungs.append(rung)

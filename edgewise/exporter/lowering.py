@@ -16,16 +16,18 @@ from edgewise.exporter.job import Job
 from edgewise.passes.legalise import Legalise
 from edgewise.passes.program import Program
 from edgewise.targets import Target
+from edgewise.targets.base import Lowering
 from edgewise.version import __version__
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """An artifact, its target and its files, and the pass that made its program legal."""
+    """An artifact, its target and its files, what it was lowered of, and the pass that made that legal."""
 
     artifact: Artifact
     target: Target
     files: list[Path]
+    made_of: Lowering
     legalise: Legalise
 
 
@@ -45,7 +47,8 @@ def lower_all(
         root = folder if shipped else place
         # What is built for devices is built of the quantised artifact.
         maker = target if shipped else target.for_no_device()
-        files = _lower(job, maker, legalised[key], program, root / target.name, precision)
+        made_of = Lowering(legalised[key], list(program.inputs), list(program.output_names))
+        files = _lower(job, maker, made_of, program.role, root / target.name, precision)
         artifact = Artifact(
             target=target.name,
             role=program.role,
@@ -55,31 +58,29 @@ def lower_all(
             warnings=tuple(target.check()),
             states=tuple(cache.input for cache in target.caches),
         )
-        lowered.append(Lowered(artifact, target, files, steps[target.name]))
+        lowered.append(Lowered(artifact, target, files, made_of, steps[target.name]))
     return lowered
 
 
 def _lower(
-    job: Job, target: Target, legal: ExportedProgram, program: Program, folder: Path, precision: str
+    job: Job, target: Target, made_of: Lowering, stem: str, folder: Path, precision: str
 ) -> list[Path]:
-    names = list(program.inputs)
-
     def make(place: Path) -> list[Path]:
         place.mkdir(parents=True, exist_ok=True)
         with quiet():
             return target.lower(
-                legal,
+                made_of.exported,
                 place,
-                program.role,
+                stem,
                 precision=precision,
-                input_names=names,
-                output_names=list(program.output_names),
+                input_names=made_of.input_names,
+                output_names=made_of.output_names,
             )
 
     if job.cache is None:
         return make(folder)
     key = artifact_key(
-        legal,
+        made_of.exported,
         job.weights,
         {
             "edgewise": __version__,
@@ -91,9 +92,9 @@ def _lower(
             "functions": target.functions,
             "images": target.images,
             "caches": target.caches,
-            "inputs": names,
-            "outputs": program.output_names,
-            "stem": program.role,
+            "inputs": made_of.input_names,
+            "outputs": made_of.output_names,
+            "stem": stem,
         },
     )
     return job.cache.fetch(key, folder, make)[0]

@@ -22,7 +22,7 @@ from edgewise.exporter.data import open_for, ports_of
 from edgewise.exporter.sources import Source
 from edgewise.passes.program import Program
 from edgewise.targets import Target
-from edgewise.targets.base import Feeds, Quantiser
+from edgewise.targets.base import Feeds, Lowering, Quantiser
 
 NEED_DATA = ("w8a8",)
 """Precisions that need statistics of activations."""
@@ -140,6 +140,7 @@ def skipped(layers: Sequence[str], patterns: Sequence[str], target: str) -> list
 def quantise(
     target: Target,
     files: Sequence[Path],
+    made_of: Lowering,
     precision: str,
     wish: Wish,
     data: Data | None,
@@ -152,7 +153,7 @@ def quantise(
     quantiser follows (see `Quantiser.follow`); the first one is kept there."""
     tell(f"quantise for {target.name}")
     feeds = data.feeds(data.samples) if data is not None and precision in NEED_DATA else None
-    quantiser = target.quantiser(files, precision, feeds)
+    quantiser = target.quantiser(files, precision, feeds, made_of=made_of)
     if target.name in leaders:
         quantiser.follow(leaders[target.name])
     leaders.setdefault(target.name, quantiser)

@@ -256,6 +256,8 @@ def _foldable(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
 def _dequantises(node: fx.Node) -> bool:
     """Whether a node makes floating-point numbers of whole ones of eight bits, as a model that was quantised in torch does with its
     weights: folded, they would take four times the room."""
+    if str(node.target).startswith("quantized_decomposed.dequantize"):
+        return True
     before, after = (one.meta.get("val") if isinstance(one, fx.Node) else None for one in (*node.args[:1], node))
     return (node.target in (aten._to_copy.default, aten.to.dtype) and isinstance(before, Tensor) and isinstance(after, Tensor)
             and before.dtype in (torch.int8, torch.uint8) and after.is_floating_point() and after.ndim > 1)

@@ -223,6 +223,15 @@ Ranges = Mapping[str, np.ndarray]
 """The largest absolute value of each channel `(inputs,)` of what a layer reads, by the layer's name."""
 
 
+@dataclass(frozen=True)
+class Lowering:
+    """What an artifact was lowered of, see `Target.lower`."""
+
+    exported: ExportedProgram
+    input_names: Sequence[str]
+    output_names: Sequence[str]
+
+
 class Quantiser(ABC):
     """A lowered artifact whose layers can be quantised, all of them or some."""
 
@@ -374,12 +383,18 @@ class Target(ABC):
         """
 
     def quantiser(
-        self, files: Sequence[Path], precision: str, feeds: Feeds | None, ranges: Ranges | None = None
+        self,
+        files: Sequence[Path],
+        precision: str,
+        feeds: Feeds | None,
+        ranges: Ranges | None = None,
+        made_of: Lowering | None = None,
     ) -> Quantiser:
         """What quantises an artifact of this target, lowered at `quantises_from`, to one of `quantises`.
 
         `feeds`: what statistics are gathered of; `w8a16` and `w4a16` need none. `ranges`: of all artifacts that share the weights
-        of linear layers (see `ranges`), which are smoothed by these, and so are quantised to the same in each. Raises `InputError`.
+        of linear layers (see `ranges`), which are smoothed by these, and so are quantised to the same in each. `made_of`: what the
+        artifact was lowered of, which some targets quantise in its place. Raises `InputError`.
         """
         raise InputError(f"target {self.name} does not quantise to {precision}")
 

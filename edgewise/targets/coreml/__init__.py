@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from edgewise.errors import MissingExtra, unknown
-from edgewise.targets.base import Cache, Feeds, Quantiser, Ranges, Requirement, Session, Target, Tolerance
+from edgewise.targets.base import Cache, Feeds, Lowering, Quantiser, Ranges, Requirement, Session, Target, Tolerance
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -42,6 +42,9 @@ class CoreML(Target):
     precisions = ("fp32", "fp16", "w8a16", "w8a16-palette", "w8a8", "w4a16")
     quantises = ("w8a8",)
     quantises_from = "fp16"
+    quantiser_requirements = (
+        Requirement("torchao", minimum="0.18.0", tested="0.18.0", extra="calibration", runtime=False),
+    )
     realisations = dict.fromkeys(_OPS, ("sort_free",))
     has_units = True
     oldest: ClassVar[str] = "iOS17"
@@ -110,13 +113,18 @@ class CoreML(Target):
         return join(parts, Path(folder) / f"{stem}.mlpackage")
 
     def quantiser(
-        self, files: Sequence[Path], precision: str, feeds: Feeds | None, ranges: Ranges | None = None
+        self,
+        files: Sequence[Path],
+        precision: str,
+        feeds: Feeds | None,
+        ranges: Ranges | None = None,
+        made_of: Lowering | None = None,
     ) -> Quantiser:
         from edgewise.targets.coreml.quantise import CoreMLQuantiser
 
-        self.check()
-        assert feeds is not None
-        return CoreMLQuantiser(files, feeds)
+        self.check(precision=precision)
+        assert feeds is not None and made_of is not None
+        return CoreMLQuantiser(self, made_of, feeds)
 
     def lint(self, exported: ExportedProgram, precision: str = "fp32") -> list[str]:
         from edgewise.targets.coreml.convert import quiet

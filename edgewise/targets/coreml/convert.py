@@ -162,21 +162,6 @@ def to_model(program: Any, deployment: str, half: bool, apart: bool = False) -> 
         raise InputError(f"target {NAME} cannot lower this program: coremltools says: {_first_line(error)}") from error
 
 
-def model_of(program: Any) -> Any:
-    """coremltools' model, in a temporary package, of a Program as it is: one that was loaded, and changed, say."""
-    import coremltools
-    from coremltools.converters.mil.mil.passes.pass_pipeline import PassPipeline
-
-    return coremltools.convert(
-        program,
-        source="milinternal",
-        convert_to="mlprogram",
-        pass_pipeline=PassPipeline.EMPTY,
-        minimum_deployment_target=program.functions["main"].opset_version,
-        skip_model_load=True,
-    )
-
-
 _WIDE = 1
 """Marks the ops that stay in single precision."""
 

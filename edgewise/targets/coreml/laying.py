@@ -52,7 +52,6 @@ class Laying:
         self.plains: dict[Node, Node] = {}
         """What stands for a value of which only the image is computed."""
         self.made: dict[tuple[Node, Any], Any] = {}
-        self.layers: dict[str, str] = {}
         self.moves: list[Move] = []
         self.linear = 0
 

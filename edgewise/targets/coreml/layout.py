@@ -26,17 +26,16 @@ from edgewise.targets.coreml.legal import MADE_HERE
 from edgewise.targets.rewrite import arguments
 
 aten = torch.ops.aten
+_dequantize = torch.ops.quantized_decomposed.dequantize_per_channel.default
 
 NAME = "coreml-ane"
 
 
 @dataclass
 class Layout:
-    """A program in the layout. `layers`: the names of the convolutions' weights by those of the linear layers'. `moves`: what is
-    laid out anew, in the order of the graph, but for the keys of each attention."""
+    """A program in the layout. `moves`: what is laid out anew, in the order of the graph, but for the keys of each attention."""
 
     program: ExportedProgram
-    layers: dict[str, str]
     moves: list[Move] = field(default_factory=list)
 
     @property
@@ -69,7 +68,7 @@ def lay_out(exported: ExportedProgram) -> Layout:
             f"target {NAME} lays out tokens (batch, tokens, channels), and no linear layer of this program reads such; "
             "use the target coreml"
         )
-    return Layout(laying.editor.finish(), laying.layers, laying.moves)
+    return Layout(laying.editor.finish(), laying.moves)
 
 
 def _refuse(node: Node) -> None:
@@ -94,14 +93,20 @@ def _linear(laying: Laying, node: Node) -> bool:
     if len(shape_of(x)) != 3:
         return False
     image = laying.image(x, node)
-    kernel = laying.constant(weight, "kernel", lambda w: w[:, :, None, None])
-    if kernel is None:
-        kernel = laying.call(node, lambda w: w.reshape(*w.shape, 1, 1), weight)
+    if weight.target is _dequantize:  # a scale for each output, as the kernel has them
+        whole, scales, zeros, *how = weight.args
+        kernel = laying.call(node, lambda *given: _dequantize(*given, *how), _kernel(laying, whole, node), scales, zeros)
     else:
-        laying.layers[weight.name] = kernel.name
+        kernel = _kernel(laying, weight, node)
     rest = () if bias is None else (bias,)
     laying.linear += 1
     return laying.settle(node, laying.call(node, torch.conv2d, image.node, kernel, *rest))
+
+
+def _kernel(laying: Laying, weight: Node, node: Node) -> Node:
+    """The weight of a linear layer as that of a convolution by one."""
+    found = laying.constant(weight, "kernel", lambda w: w[:, :, None, None])
+    return laying.call(node, lambda w: w.reshape(*w.shape, 1, 1), weight) if found is None else found
 
 
 def _norm(laying: Laying, node: Node) -> bool:
@@ -292,6 +297,7 @@ _ALONE = (
     *(aten.div.Scalar, aten.neg.default, aten.pow.Tensor_Scalar, aten.sqrt.default, aten.exp.default, aten.clone.default),
     *(aten.gelu.default, aten.relu.default, aten.silu.default, aten.sigmoid.default, aten.tanh.default, aten.hardswish.default),
     *(aten.elu.default, aten.softplus.default, aten.leaky_relu.default, aten.clamp.default, aten.abs.default, aten.erf.default),
+    torch.ops.quantized_decomposed.quantize_per_tensor.default, torch.ops.quantized_decomposed.dequantize_per_tensor.default,
 )
 _SEVERAL = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _RULES: dict[Any, Any] = {

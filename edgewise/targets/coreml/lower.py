@@ -44,13 +44,12 @@ def lower(
     the oldest system that it may be for; from iOS18 on, attention is one op. `tokens_last`: tokens are laid out as in `layout`.
     `caches`: inputs that the package keeps as states.
     """
-    from edgewise.passes.layers import layers
     from edgewise.targets.coreml.caches import keep_caches
     from edgewise.targets.coreml.convert import quiet, reads, to_mil, to_model
     from edgewise.targets.coreml.layout import lay_out
     from edgewise.targets.coreml.legal import legal
     from edgewise.targets.coreml.ports import ports, state_ports
-    from edgewise.targets.coreml.weights import palettised, quantised
+    from edgewise.targets.coreml.weights import check_whole, palettised, quantised
     from edgewise.targets.coreml.write import write_package
 
     half, deployment = precision != "fp32", FUNCTIONS if functions else DEPLOYMENT.get(precision, oldest)
@@ -62,10 +61,8 @@ def lower(
             deployment = STATES
             _check_states(prepared)
         program = legal(prepared, reads, half, fused=deployment == STATES and not tokens_last)
-        names = layers(program)
         if tokens_last:
-            laid = lay_out(program)
-            program, names = laid.program, {laid.layers.get(weight, weight): name for weight, name in names.items()}
+            program = lay_out(program).program
         inputs, outputs = ports(program, input_names, output_names, half=half, images=images)
         states = state_ports(program, caches)
         model = to_model(to_mil(program, inputs, outputs, deployment), deployment, half, apart=tokens_last)
@@ -73,9 +70,8 @@ def lower(
             model = quantised(model, _BITS[precision])
         elif precision == PALETTES:
             model = palettised(model)
-    return write_package(
-        model, inputs, outputs, Path(folder) / f"{stem}.mlpackage", names if precision == "fp16" else None, states
-    )
+        check_whole(model)
+    return write_package(model, inputs, outputs, Path(folder) / f"{stem}.mlpackage", states)
 
 
 def _check_states(exported: ExportedProgram) -> None:

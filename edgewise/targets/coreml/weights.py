@@ -7,7 +7,7 @@ no op scales back. Biases, norms, embeddings and constants stay in half precisio
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,19 +22,19 @@ BLOCKS = (32, 16)
 PALETTE = 256
 """Values of a palette."""
 _QUANTISED = ("linear", "conv")
+_MOVES = ("transpose", "reshape", "expand_dims", "squeeze", "cast")
+"""Ops that may stand between a quantised value and the layer that reads it."""
 
 
-def quantised(model: Any, bits: int, only: Collection[str] | None = None) -> Any:
+def quantised(model: Any, bits: int) -> Any:
     """coremltools' model with its weights as whole numbers of 8 bits (one scale an output) or of 4 (one scale a block of inputs).
-    `only`: the names of those that are quantised; None: all.
 
     Weights at 4 bits whose inputs no block divides, as those of a convolution over colours, get 8. Raises `InputError` if a
     weight comes out as something else than it was, rounded, or any other constant as something else than it was.
     """
     import coremltools.optimize.coreml as optimize
 
-    found = {name: (weight, axis) for name, weight, axis in _weights(model._mil_program)}
-    before = {name: one for name, one in found.items() if only is None or name in only}
+    before = {name: (weight, axis) for name, weight, axis in _weights(model._mil_program)}
     steps = {name: _steps(weight, axis, bits) for name, (weight, axis) in before.items()}
     options: dict[str, Any] = {}
     for name, (_, block) in steps.items():
@@ -64,6 +64,17 @@ def palettised(model: Any) -> Any:
         values = np.unique(after[name]) if name in after else np.empty(0)
         _check(name, 0 < len(values) <= PALETTE and bool(np.all(np.abs(after[name] - weight) <= _distance(weight, values))))
     return made
+
+
+def check_whole(model: Any) -> None:
+    """Raise `InputError` if a layer that reads eight bits has a weight that is stored in floating point."""
+    for op in model._mil_program.functions["main"].operations:
+        if op.op_type in _QUANTISED and op.weight.op is not None and op.weight.op.op_type == "const":
+            source = op.x.op
+            while source is not None and source.op_type in _MOVES:
+                source = source.x.op
+            if source is not None and source.op_type == "dequantize":
+                _check(op.weight.name, False)
 
 
 def _distance(weight: np.ndarray, values: np.ndarray) -> np.ndarray:

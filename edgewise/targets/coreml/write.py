@@ -8,14 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgewise.targets.coreml.ports import METADATA_KEY, Port, dump
-
-LAYERS_KEY = "edgewise.layers"
-"""Where a package that is to be quantised keeps the names of its layers, by the names of their weights."""
 
 _COLOUR_SPACES = {"grayscale": 10, "RGB": 20}
 _DATA = "com.apple.CoreML"
@@ -24,10 +21,9 @@ _WEIGHTS = "weights"
 
 
 def write_package(
-    model: Any, inputs: Sequence[Port], outputs: Sequence[Port], package: Path, layers: Mapping[str, str] | None = None,
-    states: Sequence[Port] = (),
+    model: Any, inputs: Sequence[Port], outputs: Sequence[Port], package: Path, states: Sequence[Port] = ()
 ) -> list[Path]:
-    """Write coremltools' model to the folder `package`; gives its files, the manifest first. `layers`: see `LAYERS_KEY`."""
+    """Write coremltools' model to the folder `package`; gives its files, the manifest first."""
     spec = model.get_spec()
     for feature in spec.description.input:
         port = next((one for one in inputs if one.feature == feature.name and one.image), None)
@@ -39,8 +35,6 @@ def write_package(
         if key.startswith("com.github.apple.coremltools"):
             del metadata[key]
     metadata[METADATA_KEY] = dump(inputs, outputs, states)
-    if layers is not None:
-        metadata[LAYERS_KEY] = json.dumps(layers, sort_keys=True)
     places = []
     for path in sorted(Path(model.weights_dir).iterdir()) if model.weights_dir else []:
         places.append(weights_folder(package) / path.name)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgewise.targets.base import Feeds, Quantiser, Ranges, Requirement, Session, Target
+from edgewise.targets.base import Feeds, Lowering, Quantiser, Ranges, Requirement, Session, Target
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -56,7 +56,12 @@ class OnnxRuntime(Target):
         return lower(exported, folder, stem, precision, input_names, output_names)
 
     def quantiser(
-        self, files: Sequence[Path], precision: str, feeds: Feeds | None, ranges: Ranges | None = None
+        self,
+        files: Sequence[Path],
+        precision: str,
+        feeds: Feeds | None,
+        ranges: Ranges | None = None,
+        made_of: Lowering | None = None,
     ) -> Quantiser:
         from edgewise.targets.onnx.quantiser import Kind, OnnxQuantiser
         from edgewise.targets.onnxruntime.lower import halve

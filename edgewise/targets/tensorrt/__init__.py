@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgewise.errors import MissingExtra
-from edgewise.targets.base import Feeds, Quantiser, Ranges, Requirement, Session, Target, Tolerance
+from edgewise.targets.base import Feeds, Lowering, Quantiser, Ranges, Requirement, Session, Target, Tolerance
 from edgewise.targets.tensorrt import rtx
 from edgewise.targets.tensorrt import session as device_session
 
@@ -104,7 +104,12 @@ class TensorRT(Target):
         return self._checked(files, origins)
 
     def quantiser(
-        self, files: Sequence[Path], precision: str, feeds: Feeds | None, ranges: Ranges | None = None
+        self,
+        files: Sequence[Path],
+        precision: str,
+        feeds: Feeds | None,
+        ranges: Ranges | None = None,
+        made_of: Lowering | None = None,
     ) -> Quantiser:
         from edgewise.targets.onnx.quantiser import Kind, OnnxQuantiser
         from edgewise.targets.tensorrt.capabilities import FOUR_BITS_NEED
