@@ -331,6 +331,33 @@ def test_onnx_exports_most_programs_as_they_are(tmp_path: Path, monkeypatch: pyt
         lowered("onnxruntime", program(name), tmp_path)
 
 
+def test_openvino_keeps_equal_constants_once(tmp_path: Path) -> None:
+    """Equal in type, shape and bits: not zeros of other signs, and not what a result is."""
+    import openvino
+    from openvino import opset13 as opset
+
+    from edgewise.targets.openvino.lower import save
+
+    x = opset.parameter([2], np.float32, name="x")
+    arrays = [np.float32([0, 1]), np.float32([0, 1]), np.float32([-0.0, 1]), np.float32([[0, 1]]), np.float32([np.nan, 1])]
+    made = [opset.add(x, opset.constant(one)) for one in arrays]
+    made += [opset.divide(opset.constant(one), opset.constant(np.float32([0, 0]))) for one in arrays[1:3]]
+    whole = opset.add(opset.convert(x, np.int32), opset.constant(np.int32([0, 1])))
+    results = [opset.result(one) for one in [*made, whole, opset.constant(arrays[0])]]
+    for i, result in enumerate(results):
+        result.output(0).get_tensor().set_names({f"y{i}"})
+    model = openvino.Model(results, [x])
+    before = openvino.Core().compile_model(model, "CPU")({"x": np.float32([3, -0.0])})
+    files = save(model, tmp_path, "m")
+    after = openvino.Core().compile_model(files[0], "CPU")({"x": np.float32([3, -0.0])})
+    for i in range(len(results)):
+        np.testing.assert_array_equal(before[f"y{i}"], after[f"y{i}"])
+        assert (np.signbit(before[f"y{i}"]) == np.signbit(after[f"y{i}"])).all()
+    kept = [node.data for node in openvino.Core().read_model(files[0]).get_ops() if node.get_type_name() == "Constant"]
+    assert len(kept) == 7  # of 11
+    assert [one.dtype for one in kept].count(np.dtype(np.int32)) == 1
+
+
 def test_large_onnx_weights_go_to_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgewise.targets.onnx import lower
 

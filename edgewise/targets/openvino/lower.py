@@ -39,9 +39,10 @@ def lower(
 
 
 def save(model: Any, folder: Path, stem: str) -> list[Path]:
-    """Write a model; gives its files. Raises what stands in the way."""
+    """Write a model, whose small constants are shared; gives its files. Raises what stands in the way."""
     import openvino
 
+    _share(model)
     path = Path(folder) / f"{stem}.xml"
     files = [path, path.with_suffix(".bin")]
     try:
@@ -53,6 +54,29 @@ def save(model: Any, folder: Path, stem: str) -> list[Path]:
         _probe(path, _upper_size(model))
         raise InputError(f"target openvino cannot write {path}: {_reason(error)}") from error
     return files
+
+
+_SMALL = 4096
+_SHARED = ("boolean", "i8", "i32", "i64", "f16", "f32")
+
+
+def _share(model: Any) -> None:
+    """Let equal constants be one. Of large ones (in bytes) the values are stored once anyhow; of small ones, such as axes and
+    limits, it is the description that takes room."""
+    for graph in graphs(model):
+        known: dict[tuple[Any, ...], Any] = {}
+        for node in graph.get_ordered_ops():
+            if node.get_type_name() != "Constant" or node.get_element_type().to_string() not in _SHARED:
+                continue
+            users = list(node.output(0).get_target_inputs())
+            # A name of a result is of its tensor.
+            if node.get_byte_size() > _SMALL or any(port.get_node().get_type_name() == "Result" for port in users):
+                continue
+            value = (node.get_element_type().to_string(), tuple(node.get_output_shape(0)), node.data.tobytes())
+            first = known.setdefault(value, node)
+            if first is not node:
+                for port in users:
+                    port.replace_source_output(first.output(0))
 
 
 def halve(model: Any) -> None:
