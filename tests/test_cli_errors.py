@@ -45,6 +45,16 @@ def nothing_written(out: Path) -> None:
         (["export", "py:nowhere", "-o", "{out}"], ["py:package.module:factory"]),
         (["export", "py:nowhere:make", "-o", "{out}"], ["cannot import 'nowhere'"]),
         (["export", "{tiny}:mak", "-o", "{out}"], ["'mak'", "did you mean 'make'"]),
+        (["export", "py::", "-o", "{out}"], ["of names as Python has them"]),
+        (["export", "py:.:x", "-o", "{out}"], ["of names as Python has them"]),
+        (["export", "{tiny}:make", "-o", "{out}", "--precision", ""], ["precision"]),
+        (["export", "{tiny}:make", "-o", "{out}", "--input-shapes", "pixels=1x3x16x1６"], ["NAME=AxBxC"]),
+        (["export", "{tiny}:make", "-o", "{out}", "--input-shapes", "pixels=1x3x999999x9999999"], ["too much memory"]),
+        (["export", "{tiny}:make", "-o", "{out}", "--compress", "topk:keep=1_0"], ["ASCII digits"]),
+        (["export", "{tiny}:make", "-o", "{out}", "--compress", "tome:r=[1,٣]"], ["ASCII digits"]),
+        (["export", "{tiny}:make", "-o", "{out}", "--compress", "tofu:keep=0.5,switch=nan"], ["switch=nan is no finite number"]),
+        (["export", "{tiny}:make", "-o", "{out}", "--compress", "divprune:ratio=0"], ["ratio=0 is out of range"]),
+        (["export", "{tiny}:make", "-o", "{out}", "--compress", "text-topk:keep=4,text_tokens=99999999"], ["out of range"]),
         (["export", "{tiny}:make_failing", "-o", "{out}"], ["the factory has a fault"]),
         (["export", "{tiny}:make", "-o", "{out}", "--compress", "topk@encoder.blok[0]:keep=4"], ["site", "block[0]"]),
         (["export", "{tiny}:make", "-o", "{out}", "--compress", "topk@encoder.block[2]:keep=4"], ["unknown site"]),
@@ -98,6 +108,13 @@ def test_an_unknown_hugging_face_id_is_named(shell: Cli, out: Path) -> None:
 def test_a_prefix_that_nobody_knows_is_explained(shell: Cli, out: Path) -> None:
     shell("export", "dmo:digits", "-o", out, env={"HF_HUB_OFFLINE": "1"}).refused("dmo:digits", "demo:")
     nothing_written(out)
+
+
+def test_where_a_record_cannot_go_is_said_before_it_is_measured(cli: Cli, digits: Path, tmp_path: Path) -> None:
+    for out, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "r.json", "there is no folder")):
+        cli("bench", digits, "--seconds", "1000", "-o", out).refused("cannot write", words)
+    cli("report", "/proc/self/mem", "-o", tmp_path / "r.html").refused("cannot read /proc/self/mem")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_name_that_is_not_utf8(cli: Cli, tiny: str, tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def _check_file(path: Path, size: int, sha256: str) -> None:
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """Read at most one byte more than `limit`, so that the caller sees that a file is too long."""
-    with _regular(path) as file:
+    with _regular(path) as file, _explained(path):
         chunks = []
         left = limit + 1
         while left > 0 and (chunk := os.read(file, min(left, _CHUNK))):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgewise.cli import options
-from edgewise.cli.files import write_text
+from edgewise.cli.files import check_file, write_text
 from edgewise.cli.screen import Result, Screen
 from edgewise.errors import InputError
 
@@ -67,6 +67,7 @@ def bench(
 
     if len(bundles) > 1 and not compare:
         raise InputError(f"{len(bundles)} bundles are given: add --compare to measure them in turn")
+    check_file(out)
     screen = Screen(json, quiet)
     with screen.progress() as step:
         opened = [Bundle.open(bundle) for bundle in bundles]

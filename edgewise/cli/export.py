@@ -110,7 +110,7 @@ def export(
             targets=target or defaults.targets,
             compress=compress or defaults.compress,
             compress_variants=compress_variant or defaults.compress_variants,
-            precision=precision or defaults.precision,
+            precision=defaults.precision if precision is None else precision,
             image_input=defaults.image_input if image_input is None else image_input,
             calibration=calib or defaults.calibration,
             calibration_samples=calib_samples or defaults.calibration_samples,

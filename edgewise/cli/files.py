@@ -26,6 +26,18 @@ def whole(out: Path) -> Iterator[Path]:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error
 
 
+def check_file(out: Path | None) -> None:
+    """Raise `InputError` if a file cannot be written there, before the work is done that makes it."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise InputError(f"cannot write {out}: it is a folder")
+    if not out.parent.is_dir():
+        raise InputError(f"cannot write {out}: there is no folder {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"cannot write {out}: no permission in {out.parent}")
+
+
 def write_text(out: Path, text: str) -> None:
     """Write a file whole or not at all. Raises `InputError` if it cannot be written."""
     with whole(out) as part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ def parse_shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
         for part in text.split(","):
             name, equals, sizes = part.strip().partition("=")
             numbers = sizes.lower().split("x")
-            if not equals or not name or not all(n.isdigit() and int(n) > 0 for n in numbers):
+            if not equals or not name or not all(re.fullmatch("[0-9]{1,12}", n) and int(n) > 0 for n in numbers):
                 raise InputError(f"--input-shapes {part!r} is not NAME=AxBxC, for example pixel_values=1x3x224x224")
             shapes[name] = tuple(int(n) for n in numbers)
     return shapes
@@ -107,6 +108,8 @@ def _python(model: str, shapes: dict[str, tuple[int, ...]], seed: int) -> Source
         _, module_name, factory_name = model.split(":")
     except ValueError:
         raise InputError(f"{model!r} is not py:package.module:factory") from None
+    if not all(part.isidentifier() for part in (*module_name.split("."), factory_name)):
+        raise InputError(f"{model!r} is not py:package.module:factory, of names as Python has them")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -312,7 +315,11 @@ def _processor_size(preprocessing: Mapping[str, Any]) -> Any:
 
 def random_input(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     """Seeded normal noise, as normalised media have it."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    try:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    except (RuntimeError, MemoryError) as error:  # as torch says that there is not so much memory
+        wanted = "x".join(map(str, shape))
+        raise InputError(f"an example of the shape {wanted} cannot be made here: it takes too much memory") from error
 
 
 def random_ids(shape: tuple[int, ...], vocabulary: int, seed: int) -> Tensor:

@@ -5,6 +5,7 @@ The methods themselves are entries in `edgewise.ops.catalogue`. A new one is one
 """
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -100,6 +101,8 @@ class Parameter:
             raise ValueError(f"{self.name}={value!r}: one of {', '.join(self.choices)}")
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return
+        if not math.isfinite(value):
+            raise ValueError(f"{self.name}={value} is no finite number")
         if (self.least is not None and value < self.least) or (self.most is not None and value > self.most):
             legal = (f"{self.least:g} to {self.most:g}" if self.least is not None and self.most is not None
                      else f"at least {self.least:g}" if self.least is not None else f"at most {self.most:g}")
@@ -171,7 +174,8 @@ METHODS: dict[str, Method] = {}
 
 TEXT = Parameter("text", "input", "the text embedding: input (a second input of the program), or a .npy or .safetensors file that "
                  "holds it for a fixed prompt")
-TEXT_TOKENS = Parameter("text_tokens", 1, "rows of the text embedding, where it is an input", least=1)
+TEXT_TOKENS = Parameter("text_tokens", 1, "rows of the text embedding, where it is an input", least=1,
+                        most=1 << 16)
 WEIGHTS = Parameter("weights", None, "a .safetensors file with the weights of the method", optional=str)
 LENGTH = Parameter("length", False, "take an input `length`: how many leading tokens of each sample are real, the rest is padding")
 SPAN = Parameter("span", None, "START:STOP, the tokens of a decoder that are the image's, the video's or the audio's", optional=str)

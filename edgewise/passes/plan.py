@@ -88,6 +88,8 @@ def _value(text: str, parameter: Parameter, value: str) -> Any:
         if value not in parameter.choices:
             raise unknown(f"value of {parameter.name} in {text!r}", value, parameter.choices)
         return value
+    if parameter.type is not str and (not value.isascii() or "_" in value):  # Python reads these as numbers
+        raise InputError(f"{text!r}: {parameter.name}={value} is not a number in ASCII digits")
     if parameter.name == "r" and value.startswith("["):
         if not re.fullmatch(r"\[\s*\d+(\s*,\s*\d+)*\s*\]", value):
             raise InputError(f"{text!r}: r={value} is not a list of whole numbers such as [16,8,0]")

@@ -20,6 +20,8 @@ LAST = 1e30
 def _ratio(free: int, grid: tuple[int, ...] | None, frames: int | None, parameters: Mapping[str, Any]) -> int:
     if parameters["ratio"] is None:
         raise ValueError("give keep=... (tokens that stay: a fraction such as 0.5, or a count) or ratio=...")
+    if not parameters["ratio"]:
+        raise ValueError("ratio=0 is out of range: above 0 and at most 1")
     return max(1, round(parameters["ratio"] * free))
 
 

@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from edgewise.errors import MissingExtra, unknown
-from edgewise.targets.base import Cache, Feeds, Lowering, Quantiser, Ranges, Requirement, Session, Target, Tolerance
+from edgewise.targets.base import (
+    Cache,
+    Feeds,
+    Lowering,
+    Quantiser,
+    Ranges,
+    Requirement,
+    Session,
+    Target,
+    Tolerance,
+    check_threads,
+)
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -141,6 +152,7 @@ class CoreML(Target):
         from edgewise.targets.coreml.predict import PredictSession, why_not
 
         self.check(runtime_only=True)
+        check_threads(threads)
         if why_not() is None:
             return PredictSession(files, function=function, threads=threads, units=self.units)
         return self.rehearse(files, function)
