@@ -84,7 +84,11 @@ def table(family: str, model, inputs, given: argparse.Namespace, devices: list[s
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder) / "b"
             make = lowered if given.unverified else exported
-            path, error = make(model, inputs, spec, given.precision, place)
+            try:
+                path, error = make(model, inputs, spec, given.precision, place)
+            except edgewise.errors.Refused as refusal:
+                print(f"| {spec} | refused: {str(refusal).split(': ')[1].split('. ')[0]} |", flush=True)
+                continue
             nodes = len(onnx.load(path, load_external_data=False).graph.node)
             alone = alone or nodes
             cells = []
