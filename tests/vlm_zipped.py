@@ -30,10 +30,11 @@ def zipped_behind(name: str, model: Any, pixels: Tensor, dominant: int, context:
             received = torch.stack([one.mean(dim=0)[rows].mean(dim=0) for one, rows in zip(maps, used, strict=True)])
         score = merge(received)
         metric = torch.stack([merge(keys[..., d]) for d in range(keys.shape[-1])], dim=-1)
-    return _zip(whole, score, metric, dominant, context)
+    return zip_tokens(whole, score, metric, dominant, context)
 
 
-def _zip(x: Tensor, score: Tensor, keys: Tensor, dominant: int, context: int) -> tuple[Tensor, list[int]]:
+def zip_tokens(x: Tensor, score: Tensor, keys: Tensor, dominant: int, context: int) -> tuple[Tensor, list[int]]:
+    """Few of tokens `x (K, C)` with a score `(K)`, NaN for those of no use, and keys `(K, D)`; and where each was."""
     real = [i for i in range(len(x)) if not score[i].isnan()]
     best = sorted(sorted(real, key=lambda i: (-float(score[i]), i))[:dominant])
     rest = [i for i in real if i not in best]
