@@ -145,6 +145,7 @@ def test_a_name_that_is_too_long(cli: Cli, tmp_path: Path) -> None:
         ("model: demo:digits\ntargets: 3\n", ["targets"]),
         ("- a list\n", ["is no recipe"]),
         ("model: [unclosed\n", ["is not YAML"]),
+        ('model: demo:digits\ntargets: ["\\ud800"]\n', [":2", "holds half of a character"]),
         ("model: demo:digits\n", ["targets"]),
     ],
 )

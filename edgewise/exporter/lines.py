@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewise.document import readable
 from edgewise.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def _nodes(root: yaml.Node | None, path: Path) -> Iterator[tuple[Where, yaml.Nod
         # Aliases may stand for one another without end.
         if count > _MOST_NODES or len(where) > _MOST_DEPTH:
             raise InputError(f"{path} is no recipe: it has more than {_MOST_NODES} values, or is nested too deeply")
+        if isinstance(node, yaml.ScalarNode) and readable(node.value) != node.value:
+            raise InputError(f"{path}:{node.start_mark.line + 1}: the text {readable(node.value)!r} holds half of a character")
         yield where, node
         if isinstance(node, yaml.SequenceNode):
             pending += [((*where, i), child) for i, child in enumerate(node.value)]
