@@ -64,7 +64,7 @@ def test_a_manifest_of_an_older_version_is_read() -> None:
         (b'{"format": "edgewise-bundle", "schema_version": true}', "schema_version True"),
         (b'{"format": "edgewise-bundle", "schema_version": 0}', "Export the model again"),
         (b'{"format": "edgewise-bundle", "schema_version": 1.5}', "Export the model again"),
-        (b'{"format": "edgewise-bundle", "schema_version": 7}', "reads 1 to 6. Upgrade edgewise"),
+        (b'{"format": "edgewise-bundle", "schema_version": 8}', "reads 1 to 7. Upgrade edgewise"),
         (b'{"format": "edgewise-bundle", "schema_version": 1}', "does not fit"),
         (b'{"a": 1, "a": 2}', "key 'a' is there more than once"),
         (b'{"a": NaN}', "NaN is not JSON"),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import Cli
 from PIL import Image
 
 from edgewise import demos
 from edgewise.calibration.data import Port, open_source
 from edgewise.calibration.media import load_image
+from edgewise.calibration.metric import accuracy, class_scores
 from edgewise.calibration.samples import Samples, calibration_and_held_out, spread, survey
 from edgewise.errors import InputError
 from edgewise.runtime.video import read_frames
@@ -72,8 +75,10 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     for i, name in enumerate(("dog", "cat", "cat", "bird")):
         picture(tmp_path / name / f"{i}.png", i)
     assert every(tmp_path, classes={0: "cat", 1: "dog", 2: "bird"}).labels.tolist() == [2, 0, 0, 1]  # type: ignore[union-attr]
-    unknown = every(tmp_path)
-    assert unknown.labels.tolist() == [0, 1, 1, 2] and "alphabetical" in unknown.notes[0]  # type: ignore[union-attr]
+    assert "3 folders" in every(tmp_path, classes={0: "cat", 1: "dog", 2: "bird"}).notes[0]
+    for classes, words in (({}, "comes with no names"), ({0: "a", 1: "b"}, "first ones are a, b")):
+        unmapped = open_source(tmp_path, PIXELS, PROCESSOR, classes)
+        assert not unmapped.labelled and words in unmapped.unlabelled and "by its numbers" in unmapped.unlabelled
     with pytest.raises(InputError, match=r"unknown class .* 'bird'"):
         open_source(tmp_path, PIXELS, PROCESSOR, {0: "cat", 1: "dog"})
 
@@ -87,7 +92,8 @@ def test_a_manifest(tmp_path: Path, suffix: str) -> None:
         text = "\n".join(map(json.dumps, rows)) + "\n\n"
     else:
         mark = "," if suffix == ".csv" else "\t"
-        text = mark.join(rows[0]) + "\n" + "\n".join(mark.join(f'"{v}"' for v in row.values()) for row in rows)
+        quote = '"' if suffix == ".csv" else ""
+        text = mark.join(rows[0]) + "\n" + "\n".join(mark.join(f"{quote}{v}{quote}" for v in row.values()) for row in rows)
     (tmp_path / f"m{suffix}").write_text(text)
     samples = every(tmp_path / f"m{suffix}")
     assert samples.labels.tolist() == [0, 1, 0, 1] and samples.texts[3] == "a picture, 3"  # type: ignore[union-attr, index]
@@ -98,8 +104,12 @@ def test_a_manifest(tmp_path: Path, suffix: str) -> None:
     [
         ("m.csv", "", "lists no samples"),
         ("m.csv", "picture,label\na.png,1\n", "no column 'file'"),
-        ("m.csv", "file,label\na.png,1,2\n", "line 2: the line has another number of columns"),
+        ("m.csv", "file,label\na.png,1,2\n", "line 2: it has 3 columns, and the first line 2"),
         ("m.csv", "file,label\na.png,-1\n", "the label '-1' is no class number"),
+        ("m.csv", "file,label\na.png,1_0\n", "unknown class at"),
+        ("m.csv", "file,label,label\na.png,1,1\n", "the column 'label' more than once"),
+        ("m.csv", "file, label\na.png,1\n./a.png,\n", "line 3: there is no label, and other lines have one"),
+        ("m.csv", "file,label\na.png,1\n./a.png,0\n", "has the labels 1 and 0"),
         ("m.csv", "file,label\na.png,ct\n", "unknown class at .* did you mean 'cat'"),
         ("m.jsonl", '{"file": "a.png", "label": 1.5}\n', "the label 1.5 is no class number"),
         ("m.jsonl", '{"file": \n', "line 1 is not JSON"),
@@ -336,3 +346,89 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for i in range(1, 13):
         Image.new("RGB", (8, 8), (i * 20, 0, 0)).save(tmp_path / f"frame{i}.png")
     assert [frame.getpixel((0, 0))[0] // 20 for frame in read_frames(tmp_path, 12)] == list(range(1, 13))  # type: ignore[index]
+
+
+def test_accuracy_is_of_class_scores_and_of_labels_that_are_classes() -> None:
+    def run(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"output": np.eye(3, dtype=np.float32)[feed["x"][:, 0].astype(int)]}
+
+    ports = {"x": Port((2, 1), "float32")}
+    x = np.array([[0], [1], [2]], np.float32)
+    for label, right in ((2, 1.0), (1, 2 / 3)):
+        assert accuracy(run, every({"x": x, "labels": np.array([0, 1, label])}, ports)) == right
+    for label in (3,):
+        with pytest.raises(InputError, match=rf"sample 2 of the data has the label {label}, and the model has classes 0 to 2"):
+            accuracy(run, every({"x": x, "labels": np.array([0, 1, label])}, ports))
+    both = {"hidden": ((2, 9, 8), "float32"), "pooler_output": ((2, 8), "float32")}
+    with pytest.raises(InputError, match=r"pooler_output holds features, and no scores"):
+        class_scores(both, 2)
+    assert class_scores({**both, "output": ((2, 3), "float32")}, 2) == "output"
+    assert class_scores({**both, "output": ((2, 3), "float32"), "logits": ((2, 3), "float32")}, 2) == "logits"
+
+
+def test_a_file_that_is_listed_twice_is_taken_once(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", 1)
+    (tmp_path / "m.csv").write_text("file,label\na.png,1\nb.png,0\n./a.png,1\n")
+    source = open_source(tmp_path / "m.csv", PIXELS, PROCESSOR)
+    made, held_out = calibration_and_held_out(source, PIXELS, 2, 2)
+    assert len(source) == 2 and held_out is not None and not set(made.indices) & set(held_out.indices)
+    assert "1 samples are of files that were there before" in made.notes[0]
+
+
+def test_images_beside_folders_of_classes_are_refused(tmp_path: Path) -> None:
+    for name in ("a.png", "cat/b.png"):
+        picture(tmp_path / name)
+    with pytest.raises(InputError, match=r"image files \(a\.png, \.\.\.\) and folders of them by class \(cat"):
+        open_source(tmp_path, PIXELS, PROCESSOR, {0: "cat"})
+
+
+def test_items_as_torch_gives_them() -> None:
+    import torch
+
+    one = torch.ones(3, 16, 16, dtype=torch.bfloat16)
+    samples = every([[one, torch.tensor(1)], [one, np.array(0)], (one, 2)])
+    assert samples.labels.tolist() == [1, 0, 2]  # type: ignore[union-attr]
+    assert samples.source.read(0).inputs["pixel_values"].max() == 1
+    small = {"x": Port((1, 1), "float32")}
+    many = [np.zeros(1, np.float32)] * 1100
+    assert len(open_source(many, small)) == 1100
+    cut = open_source(iter(many), small)
+    assert len(cut) == 1024 and "only the first 1024 items" in cut.notes[0]
+
+    def broken() -> Iterator[np.ndarray]:
+        yield many[0]
+        raise OSError("no disk")
+
+    with pytest.raises(InputError, match="gone through: OSError: no disk"):
+        open_source(broken(), small)
+
+
+def test_folders_are_classes_by_the_names_of_the_model(cli: Cli, tmp_path: Path) -> None:
+    """In another order than the model's; names that it does not know are not guessed at, and what was done is in the JSON."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        id2label={0: "zebra", 1: "ant"},
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.ViTForImageClassification(config).eval()
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    for i in range(6):
+        picture = Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        with torch.no_grad():
+            label = int(model(torch.tensor(np.array(processor(picture)["pixel_values"]))).logits.argmax())
+        (tmp_path / "data" / config.id2label[label]).mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "data" / config.id2label[label] / f"{i}.png")
+    assert cli("export", tmp_path / "model", "-o", tmp_path / "b", "--target", "onnxruntime").code == 0
+    said = json.loads(cli("verify", tmp_path / "b", "--data", tmp_path / "data", "--json").out)
+    assert said["accuracy"][0]["top1"] == 1 and "classes by their names in the model" in said["notes"][0]
+    for i, folder in enumerate((tmp_path / "data").iterdir()):
+        folder.rename(tmp_path / "data" / f"n0{i}x")
+    said = cli("verify", tmp_path / "b", "--data", tmp_path / "data")
+    said.refused("not known to the model by name (its first ones are zebra, ant)")

@@ -37,6 +37,8 @@ def test_tables(tmp_path: Path) -> None:
     assert [(one.file, one.text) for one in read_spoken(tmp_path / "b.csv")] == [
         (tmp_path / "sub" / "x.wav", "said, so")
     ]
+    (tmp_path / "h.tsv").write_text('file\ttext\nx.wav\t"So\ny.wav\t"Yes" she\u2028said\n')
+    assert [one.text for one in read_spoken(tmp_path / "h.tsv")] == ['"So', '"Yes" she\u2028said']
     (tmp_path / "c.tsv").write_text("name\ttext\nx\ty\n")
     (tmp_path / "d.tsv").write_text("file\ttext\nx.wav\t...\n")
     (tmp_path / "g.CSV").write_text("file,text\nx.wav,said, so\n")
@@ -45,7 +47,7 @@ def test_tables(tmp_path: Path) -> None:
         "d.tsv": "no row with a text",
         "e.tsv": "cannot read",
         "f.npz": "cannot",
-        "g.CSV": "row 2: it has more columns",
+        "g.CSV": "line 2: it has 3 columns, and the first line 2",
     }.items():
         with pytest.raises(InputError, match=fault):
             read_spoken(tmp_path / name)

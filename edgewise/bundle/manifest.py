@@ -20,10 +20,11 @@ from edgewise.schema import Strict
 from edgewise.verify.ladder import Rung
 
 FORMAT = "edgewise-bundle"
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 """Goes up with every new key, as older readers refuse keys that they do not know. All lower versions are read: new keys have
 defaults. 2: `notes`. 3: `pipeline`. 4: `calibration`, `quantisation`. 5: `variant_of`, `function`, and
-`compress` of components. 6: `media_items` of a pipeline, `states` of an artifact."""
+`compress` of components. 6: `media_items` of a pipeline, `states` of an artifact.
+7: `classes`."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -183,11 +184,12 @@ class Manifest(Strict):
     """All that a bundle says of itself.
 
     `files` holds every file of the bundle but `manifest.json`; `notes` what the export adjusted or left out, in words;
-    `pipeline` how the components make one generative model (None: they are used one by one).
+    `pipeline` how the components make one generative model (None: they are used one by one);
+    `classes` the names of a classifier's classes by number, where the model has some.
     """
 
     format: Literal["edgewise-bundle"] = "edgewise-bundle"
-    schema_version: Literal[1, 2, 3, 4, 5, 6] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3, 4, 5, 6, 7] = SCHEMA_VERSION
     edgewise_version: str
     model: ModelInfo
     compress: tuple[str, ...] = ()
@@ -198,6 +200,7 @@ class Manifest(Strict):
     verification: tuple[Rung, ...] = ()
     notes: tuple[str, ...] = ()
     calibration: Calibration | None = None
+    classes: tuple[str, ...] = ()
     golden: dict[str, str] = {}
     seed: int = 0
     recipe: str = "recipe.yaml"

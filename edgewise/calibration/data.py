@@ -144,16 +144,19 @@ class Items(Source):
 
     def _parts(self, item: Any) -> tuple[Any, int | str | None, str | None]:
         """Inputs, a label or a text, and a question."""
+        if isinstance(item, list) and len(item) == 2 and hasattr(item[0], "__len__"):  # as loaders of batches give pairs
+            item = tuple(item) if _target(item[1]) is not None else item
         if not isinstance(item, tuple):
             return item, None, None
         if len(item) == 3 and all(isinstance(one, str) for one in item[1:]):
             return item[0], item[2], item[1]
-        if len(item) != 2 or not isinstance(item[1], (int, str, np.integer)):
+        target = _target(item[1]) if len(item) == 2 else None
+        if target is None:
             raise InputError(
                 f"an item of {self.name} is a tuple, and so has to be of inputs and a label or a text, or of inputs, a question "
                 "and its answer"
             )
-        return item[0], item[1] if isinstance(item[1], str) else int(item[1]), None
+        return item[0], target, None
 
     def _read(self, index: int) -> Sample:
         value, target, question = self._parts(self.items[index])
@@ -165,12 +168,32 @@ class Items(Source):
         for name, port in self.ports.items():
             if name not in value:
                 raise InputError(f"{self.where(index)} has no input '{name}'; it has: {', '.join(value) or 'nothing'}")
-            array = np.asarray(value[name].detach().cpu() if hasattr(value[name], "detach") else value[name])
+            array = _array(value[name], f"{self.where(index)}: {name}")
             if array.shape == (1, *port.shape[1:]):
                 array = array[0]
             inputs[name] = fitted(array, name, port, self.where(index))
         text = target if isinstance(target, str) else None
         return Sample(inputs, target if isinstance(target, int) else None, text, self.where(index), question=question)
+
+
+def _target(value: Any) -> int | str | None:
+    """A label, which may be an array or tensor of no dimensions, or a text; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    return int(value) if isinstance(value, int) else None
+
+
+def _array(value: Any, what: str) -> np.ndarray:
+    """Of an array, a tensor or nested lists."""
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            value = value.float() if str(value.dtype) == "torch.bfloat16" else value  # which NumPy lacks
+        return np.asarray(value)
+    except Exception as error:
+        raise InputError(f"{what} is no array: {' '.join(str(error).split())}") from error
 
 
 def class_number(number: int, where: str) -> int:
@@ -214,10 +237,18 @@ def open_source(
         return _checked(_split("the data", {k: np.asarray(v) for k, v in src.items()}), ports)
     if not isinstance(src, Iterable):
         raise InputError(f"{type(src).__name__} is no data: give demo:NAME, a folder, a file, arrays by name, or an iterable")
-    items = tuple(islice(src, MOST_ITEMS))
+    try:
+        items = tuple(src) if isinstance(src, (list, tuple)) else tuple(islice(src, MOST_ITEMS + 1))
+    except InputError:
+        raise
+    except Exception as error:  # of the user's own code
+        raise InputError(f"the data cannot be gone through: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not items:
         raise InputError("the data holds no samples")
-    return Items("the data", items, ports)
+    if len(items) <= MOST_ITEMS or isinstance(src, (list, tuple)):
+        return Items("the data", items, ports)
+    note = f"only the first {MOST_ITEMS} items of the data were taken: give a list, or files, for more"
+    return Items("the data", items[:MOST_ITEMS], ports, (note,))
 
 
 def _named(
@@ -266,6 +297,8 @@ def _split(name: str, arrays: dict[str, np.ndarray]) -> Arrays:
     texts = arrays.pop("answers", texts)
     if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
         raise InputError(f"{name}: labels must be whole numbers (samples,), not {labels.dtype} {labels.shape}")
+    for index, label in enumerate(() if labels is None else labels.tolist()):
+        class_number(label, f"sample {index} of {name}")
     words = {kind: array for kind, array in (("texts", texts), ("questions", asked)) if array is not None}
     for kind, array in words.items():
         if array.ndim != 1 or array.dtype.kind not in "US":

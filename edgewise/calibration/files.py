@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from edgewise.calibration.data import Ports, Sample, Source, class_number, fitted
 from edgewise.calibration.media import AUDIO, IMAGES, VIDEOS, Kind, kind_of, load_audio, load_image, load_video
 from edgewise.errors import InputError, unknown
+from edgewise.rows import read_table
 
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {"image": IMAGES, "audio": AUDIO, "video": VIDEOS}
 _COLUMNS = ("file", "path", "image", "audio", "video")
@@ -40,6 +40,7 @@ class Files(Source):
     ports: Ports
     preprocessing: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    unlabelled: str = Source.unlabelled
     labelled: bool = field(init=False)
     texts: bool = field(init=False)
     questions: bool = field(init=False)
@@ -86,18 +87,22 @@ def open_files(path: Path, ports: Ports, preprocessing: Mapping[str, Any], class
     if kind is None or not port.dtype.startswith("float"):
         takes = f"{name} {list(port.shape)} of {port.dtype}"
         raise InputError(f"{path}: the input {takes} is no image, video or audio: give an .npz of arrays")
-    names = {str(v): int(k) for k, v in (classes or {}).items()}
+    given = [str(name) for name in (classes or {}).values()]
+    names = {str(v): int(k) for k, v in (classes or {}).items() if given.count(str(v)) == 1}
     notes: tuple[str, ...] = ()
+    lacks = Source.unlabelled
     if path.is_dir():
-        items, notes = _folder(path, kind, names)
+        items, notes, lacks = _folder(path, kind, names)
     elif path.suffix.lower() in MANIFESTS:
         items = tuple(_manifest(path, names))
     else:
         raise InputError(f"{path}: data is read from folders, {', '.join(MANIFESTS)}, .npz and .safetensors files")
-    return Files(str(path), items, kind, ports, preprocessing, notes)
+    once, said = _once(items)
+    return Files(str(path), once, kind, ports, preprocessing, (*notes, *said), lacks)
 
 
-def _folder(path: Path, kind: Kind, names: Mapping[str, int]) -> tuple[tuple[Item, ...], tuple[str, ...]]:
+def _folder(path: Path, kind: Kind, names: Mapping[str, int]) -> tuple[tuple[Item, ...], tuple[str, ...], str]:
+    """The items, what was odd, and what they lack to have labels."""
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     own = [entry for entry in entries if _is_media(entry, kind)]
     folders = [entry for entry in entries if entry.is_dir() and entry not in own]
@@ -105,11 +110,29 @@ def _folder(path: Path, kind: Kind, names: Mapping[str, int]) -> tuple[tuple[Ite
     inside = {folder: found for folder, found in inside.items() if found}
     if not own and not inside:
         raise InputError(f"{path} holds no {kind} files ({', '.join(_SUFFIXES[kind])}), nor folders of them by class")
+    if own and inside:
+        raise InputError(
+            f"{path} holds {kind} files ({own[0].name}, ...) and folders of them by class ({next(iter(inside)).name}, ...): give "
+            "one or the other"
+        )
     if own:
         left = len(entries) - len(own)
-        return tuple(Item(entry) for entry in own), (f"{left} other files in {path} were left out",) if left else ()
-    labels, notes = _numbers([folder.name for folder in inside], names, path)
-    return tuple(Item(one, labels[folder.name]) for folder, found in inside.items() for one in found), notes
+        notes = (f"{left} other files in {path} were left out",) if left else ()
+        return tuple(Item(entry) for entry in own), notes, Source.unlabelled
+    labels, note = _numbers([folder.name for folder in inside], names, path)
+    return tuple(Item(one, labels[folder.name]) for folder, found in inside.items() for one in found), (note,), note
+
+
+def _once(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], tuple[str, ...]]:
+    """Each file once, so that none is among those of the statistics and the held-out ones too; with several questions, each. Raises
+    `InputError` for a file with two labels."""
+    known: dict[tuple[Path, str | None], Item] = {}
+    for item in items:
+        first = known.setdefault((item.path.resolve(), item.question), item)
+        if first.label != item.label:
+            raise InputError(f"{item.path} has the labels {first.label} and {item.label}: give it one")
+    left = len(items) - len(known)
+    return tuple(known.values()), (f"{left} samples are of files that were there before, and were left out",) if left else ()
 
 
 def _is_media(entry: Path, kind: Kind) -> bool:
@@ -118,34 +141,38 @@ def _is_media(entry: Path, kind: Kind) -> bool:
     return entry.is_file() and entry.suffix.lower() in _SUFFIXES[kind]
 
 
-def _numbers(found: list[str], names: Mapping[str, int], path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The number of each class: its name's in the model, the name itself if it is a number, or else its place in the alphabet."""
-    if all(name in names for name in found):
-        return {name: names[name] for name in found}, ()
-    if all(name.isdecimal() for name in found):
-        return {name: class_number(int(name), str(path / name)) for name in found}, ()
-    if names and any(name in names for name in found):
-        raise unknown(f"class in {path}", next(name for name in found if name not in names), names)
-    listed = {name: number for number, name in enumerate(sorted(found))}
-    return listed, (f"the classes of {path} are not known to the model by name, and were numbered in alphabetical order",)
+def _numbers(found: list[str], names: Mapping[str, int], path: Path) -> tuple[dict[str, int | None], str]:
+    """The number of each class, its name's in the model or the name itself if it is a number, and how it was found. None where the
+    model knows none of the names: their order is not guessed."""
+    numbers = {name: names.get(name, int(name) if name.isdecimal() else None) for name in found}
+    strange = [name for name, number in numbers.items() if number is None]
+    if not strange:
+        named = sum(name in names for name in found)
+        return numbers, f"{named} folders of {path} are classes by their names in the model, {len(found) - named} by number"
+    if any(name in names for name in found):
+        raise unknown(f"class in {path}", strange[0], names)
+    knows = f"its first ones are {', '.join(list(names)[:3])}" if names else "it comes with no names of classes"
+    return dict.fromkeys(found), (
+        f"the classes of {path} ({', '.join(strange[:3])}, ...) are not known to the model by name ({knows}): name the "
+        "folders as the model does or by its numbers (0, 1, ...), or give a manifest with the columns file and label"
+    )
 
 
 def _manifest(path: Path, names: Mapping[str, int]) -> Iterator[Item]:
     """The items of a manifest; files are relative to its folder."""
     if path.stat().st_size > _MOST_BYTES:
         raise InputError(f"{path} has more than {_MOST_BYTES} bytes, and is no manifest")
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    rows = list(_json_lines(path, text) if path.suffix.lower() == ".jsonl" else _table(path, text))
+    rows = list(_json_lines(path)) if path.suffix.lower() == ".jsonl" else read_table(path)
     if not rows:
         raise InputError(f"{path} lists no samples")
     column = next((c for c in _COLUMNS if c in rows[0][1]), None)
     if column is None:
         raise InputError(f"{path} has no column 'file'; it has: {', '.join(rows[0][1]) or 'nothing'}")
+    labelled = any(row.get("label") not in (None, "") for _, row in rows)
     for line, row in rows:
         where = f"{path}, line {line}"
+        if labelled and row.get("label") in (None, ""):
+            raise InputError(f"{where}: there is no label, and other lines have one")
         if not row.get(column):
             raise InputError(f"{where}: there is no {column}")
         said, question = (_words(row, columns, where) for columns in (("text", "answer"), ("question",)))
@@ -162,18 +189,11 @@ def _words(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> str 
     return str(row[column])
 
 
-def _table(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise InputError(f"{path}, line {reader.line_num}: the line has another number of columns than the first")
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}") from error
-
-
-def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -192,6 +212,8 @@ def _label(value: Any, names: Mapping[str, int], where: str) -> int | None:
     if isinstance(value, str) and value in names:
         return names[value]
     try:
+        if isinstance(value, str) and not re.fullmatch(r"\s*-?[0-9]+\s*", value):  # int() takes 1_0 as well
+            raise ValueError(value)
         number = int(value)
     except (TypeError, ValueError, OverflowError):
         raise unknown(f"class at {where}:", value, names) from None

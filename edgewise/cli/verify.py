@@ -56,8 +56,14 @@ def verify(
         )
     screen.show(tables.ladder(rungs))
     scores: list[dict[str, Any]] = []
+    notes: list[str] = []
+
+    def noted(text: str) -> None:
+        notes.append(text.removeprefix("note: "))
+        screen.say(text)
+
     if data is not None and not spoken and not asked and not paired:
-        scores = accuracy(opened, data, target or None, threads, screen.counter, screen.say, data_samples, function)
+        scores = accuracy(opened, data, target or None, threads, screen.counter, noted, data_samples, function)
         numbers = ("samples", "correct", "top-1")
         made = table(f"accuracy on {data}", "artifact", *numbers, right=numbers)
         for score in scores:
@@ -102,6 +108,7 @@ def verify(
             "bundle": str(bundle),
             "passed": not failed,
             "verification": [rung.model_dump(mode="json") for rung in rungs],
+            "notes": notes,
             "accuracy": scores if data is not None and not spoken and not asked and not paired else None,
             "wer": rates if spoken else None,
             "exact_match": answers if asked else None,

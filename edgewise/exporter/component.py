@@ -17,6 +17,7 @@ from edgewise.calibration.pixels import Pixels
 from edgewise.errors import CheckFailed
 from edgewise.exporter.capture import capture, from_exported
 from edgewise.exporter.climb import NearTie, outputs_of, run_programs, verify
+from edgewise.exporter.data import class_names
 from edgewise.exporter.examples import take_samples
 from edgewise.exporter.half import rounded
 from edgewise.exporter.image_input import take_pixels
@@ -213,6 +214,7 @@ def _manifest(
             ),
         ),
         preprocessing=job.source.preprocessing,
+        classes=class_names(job.source),
         targets=tuple(artifacts),
         verification=tuple(job.rungs),
         calibration=None if data is None else data.described,

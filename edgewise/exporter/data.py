@@ -34,8 +34,15 @@ def ports_of(program: Program) -> Ports:
 
 def open_for(src: Any, program: Program, source: Source) -> DataSource:
     """Open data (see `open_source`) for a program of this model."""
-    classes = getattr(getattr(source.module, "config", None), "id2label", None)
-    return open_source(src, ports_of(program), source.preprocessing, classes)
+    return open_source(src, ports_of(program), source.preprocessing, dict(enumerate(class_names(source))))
+
+
+def class_names(source: Source) -> tuple[str, ...]:
+    """The names of a model's classes by number; none where its configuration holds no more than numbers."""
+    known = getattr(getattr(source.module, "config", None), "id2label", None) or {}
+    named = {int(number): str(name) for number, name in known.items()}
+    numbered = all(name == f"LABEL_{number}" for number, name in named.items())
+    return () if numbered or sorted(named) != list(range(len(named))) else tuple(named[i] for i in range(len(named)))
 
 
 def collected(src: Any, program: Program, source: Source, samples: int) -> tuple[Samples, dict[str, np.ndarray]]:

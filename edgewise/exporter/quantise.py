@@ -112,7 +112,10 @@ the metric can be measured on."""
 def with_classes(samples: Samples, held_out: Samples | None) -> Samples | None:
     """What an accuracy is measured on."""
     if held_out is not None and held_out.labels is None:
-        raise InputError(f"{samples.source.name} has no labels, and accuracy control measures an accuracy: give labelled data")
+        raise InputError(
+            f"{samples.source.name} has no labels, and accuracy control measures an accuracy: give "
+            f"labelled data ({samples.source.unlabelled})"
+        )
     return held_out
 
 

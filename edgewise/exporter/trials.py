@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from edgewise.calibration.metric import check_labels
 from edgewise.calibration.samples import Samples
 from edgewise.calibration.schedule import Counts
 from edgewise.errors import CheckFailed, InputError, Refused
@@ -94,6 +95,7 @@ class Trials:
         first = self.compressed(space.sites.clipped([1] * space.sites.count))
         found = Plain(first.exported, program.output_names)(_tensors(self.feeds[0]))
         self.divergence = Divergence.of(self.wanted, found, space.stream.protected, samples.labels is not None, samples.batch)
+        self._check_labels(samples)
         self._made: tuple[Counts, Program] | None = None
         self._open = ExitStack()
         self._base: Session | None = None
@@ -157,9 +159,14 @@ class Trials:
         known = self.memory.known
         return {k: (known[f"held {_name(c)}"], known.get(f"accuracy {_name(c)}")) for k, c in schedules.items()}
 
+    def _check_labels(self, samples: Samples) -> None:
+        if self.divergence.scores is not None:
+            check_labels(samples, self.wanted[0][self.divergence.scores].shape[1])
+
     def _judge(self, schedules: Sequence[Counts], samples: Samples) -> None:
         runs = [Plain(self.compressed(counts).exported, self.program.output_names) for counts in schedules]
         base = Plain(self.program.base, self.program.output_names)
+        self._check_labels(samples)
         scores, labels = self.divergence.scores, samples.labels
         lost, correct, start = np.zeros(len(runs)), np.zeros(len(runs), int), 0
         for feed in samples:

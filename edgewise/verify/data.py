@@ -90,7 +90,7 @@ def accuracy(
         component = bundle.manifest.component(artifact.role)
         if artifact.role not in known:
             ports = {info.name: Port(info.shape, info.dtype) for info in component.inputs}
-            source = open_source(src, ports, bundle.manifest.preprocessing)
+            source = open_source(src, ports, bundle.manifest.preprocessing, dict(enumerate(bundle.manifest.classes)))
             if not source.labelled:
                 raise InputError(f"{src} has no labels: {source.unlabelled}")
             known[artifact.role] = survey(source, ports, spread(len(source), len(source) if most is None else most))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 
 from edgewise.errors import InputError
+from edgewise.rows import read_table
 
 
 def plain(text: str) -> str:
@@ -16,19 +16,13 @@ def plain(text: str) -> str:
 
 
 def read_rows(path: Path, columns: tuple[str, ...], what: str) -> list[dict[str, str]]:
-    """The rows of a table (`.tsv`, or `.csv`) that holds `what` in these `columns`; every cell of a row that lacks one is "".
-    Raises InputError for a table that cannot be read or lacks a column."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="," if path.suffix.lower() == ".csv" else "\t"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    """The rows of a table (`.tsv`, or `.csv`) that holds `what` in these `columns`.
+    Raises InputError for a table that cannot be read strictly or lacks a column."""
+    rows = [row for _, row in read_table(path)]
     missing = [column for column in columns if column not in (rows[0] if rows else ())]
     if missing:
         raise InputError(
             f"{path} has no column {' and no column '.join(missing)}: {what} are a table (.tsv or .csv) with the columns "
             f"{', '.join(columns[:-1])} and {columns[-1]}"
         )
-    if (wide := next((number for number, row in enumerate(rows, 2) if None in row), None)) is not None:
-        raise InputError(f"{path}, row {wide}: it has more columns than the first; text with a comma in it needs quotes")
-    return [{column: row[column] or "" for column in columns} for row in rows]
+    return [{column: row[column] for column in columns} for row in rows]
