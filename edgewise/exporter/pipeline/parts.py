@@ -144,7 +144,7 @@ class Build:
 
         def tell(text: str) -> None:
             if progress is not None:
-                progress(steps, steps, text)
+                progress(steps - 1, steps, text)
 
         made = quantise_together(Bundle(self.folder, manifest), self.later, by_role, wishes, TASKS[self.kind], tell)
         for i, (role, part) in enumerate(zip(self.order, self.parts, strict=True)):
