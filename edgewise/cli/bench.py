@@ -67,6 +67,8 @@ def bench(
 
     if len(bundles) > 1 and not compare:
         raise InputError(f"{len(bundles)} bundles are given: add --compare to measure them in turn")
+    if ssh_config is not None and on is None:
+        raise InputError("--ssh-config is for --on ssh:HOST: give that too")
     check_file(out)
     screen = Screen(json, quiet)
     with screen.progress() as step:

@@ -84,8 +84,12 @@ def load_source(
             }
         return source
     if model.startswith("py:"):
+        if batch != 1:
+            raise InputError(f"--batch {batch} is for models with default shapes, and {model} has none: give --input-shapes")
         return _python(model, shapes, seed)
     if model.endswith(".pt2"):
+        if shapes or batch != 1:
+            raise InputError(f"the shapes of {model} were settled as it was exported: leave out --input-shapes and --batch")
         return _pt2(model)
     return _hugging_face(model, shapes, batch, seed, trust_remote_code, weights_only)
 
