@@ -432,3 +432,39 @@ def test_folders_are_classes_by_the_names_of_the_model(cli: Cli, tmp_path: Path)
         folder.rename(tmp_path / "data" / f"n0{i}x")
     said = cli("verify", tmp_path / "b", "--data", tmp_path / "data")
     said.refused("not known to the model by name (its first ones are zebra, ant)")
+
+
+def test_numbers_are_names_only_where_all_are(tmp_path: Path) -> None:
+    """Stars from 1 to 5 are the classes 0 to 4."""
+    stars = {i: str(i + 1) for i in range(5)}
+    for folder, first in (("indices", 0), ("names", 1)):
+        for i in range(first, first + 3):
+            picture(tmp_path / folder / str(i) / "a.png", i)
+        assert every(tmp_path / folder, classes=stars).labels.tolist() == [0, 1, 2]  # type: ignore[union-attr]
+        rows = "".join(f"{folder}/{i}/a.png,{i}\n" for i in range(first, first + 3))
+        (tmp_path / f"{folder}.csv").write_text("file,label\n" + rows)
+        assert every(tmp_path / f"{folder}.csv", classes=stars).labels.tolist() == [0, 1, 2]  # type: ignore[union-attr]
+    twice = {0: "cat", 1: "crane", 2: "crane"}
+    for name in ("cat", "2"):
+        picture(tmp_path / "birds" / name / "a.png")
+    assert every(tmp_path / "birds", classes=twice).labels.tolist() == [2, 0]  # type: ignore[union-attr]
+    picture(tmp_path / "birds" / "crane" / "a.png")
+    with pytest.raises(InputError, match="several classes named 'crane': give the number"):
+        open_source(tmp_path / "birds", PIXELS, PROCESSOR, twice)
+
+
+def test_files_that_cannot_be_and_texts_of_one_file(tmp_path: Path) -> None:
+    for i in range(6):
+        picture(tmp_path / f"{i}.png", i)
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    lines = [json.dumps({"file": name, "label": 1}) for name in ("0.png", "1.png", "2.png", "3.png", "4.png", "5.png", "loop.png")]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    assert "1 of 7 samples were left out" in (said := " ".join(every(tmp_path / "m.jsonl").notes)) and "loop.png" in said
+    (tmp_path / "z.jsonl").write_text(json.dumps({"file": "\0.png"}))
+    with pytest.raises(InputError, match="none of 1 samples can be used"):
+        every(tmp_path / "z.jsonl")
+    (tmp_path / "q.csv").write_text("file,text,question,answer\n0.png,a caption,what?,red\n1.png,,what?,blue\n")
+    assert every(tmp_path / "q.csv").texts == ("red", "blue")
+    (tmp_path / "t.csv").write_text("file,question,answer\n0.png,what?,red\n0.png,what?,blue\n")
+    with pytest.raises(InputError, match=r"0\.png has the texts 'red' and 'blue'"):
+        open_source(tmp_path / "t.csv", PIXELS, PROCESSOR)

@@ -72,6 +72,7 @@ def nothing_written(out: Path) -> None:
         (["export", "{tiny}:make_nan", "-o", "{out}"], ["head.weight", "NaN"]),
         (["export", "{tiny}:make", "-o", "{out}", "--input-shapes", "pixels=1x4x16x16"], ["cannot run", "1x4x16x16"]),
         (["export", "{tiny}:make", "-o", "{out}", "--input-shapes", "pixel=1x3x16x16"], ["cannot run", "pixels"]),
+        (["export", "demo:digits", "-o", "{out}", "--input-shapes", "pixels=1x2"], ["unknown input", "'pixels'", "pixel_values"]),
         (["bench", "any", "--ssh-config", "any"], ["--ssh-config", "--on ssh:HOST"]),
         (["export", "{tiny}:make", "-o", "{out}", "--batch", "2"], ["--batch 2", "give --input-shapes"]),
         (["export", "any.pt2", "-o", "{out}", "--input-shapes", "x=1x3"], ["any.pt2", "leave out --input-shapes"]),

@@ -265,3 +265,60 @@ def test_visionzip_behind_projectors_of_audio_language_models(
         wanted, _ = zip_tokens(whole, score, keys, 4, 2)
         made = few.module()(other)[media.AUDIO.tokens]
     torch.testing.assert_close(made[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+class Twice(nn.Module):
+    """One tower for each half of the tokens, as models loop over tiles, or two that are trained apart."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.one = Tower(cut)
+        self.other = Tower(cut) if apart else self.one
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        halves = [tower(part)["tokens"] for tower, part in zip((self.one, self.other), x.chunk(2, dim=1), strict=True)]
+        return {"tokens": torch.cat(halves, dim=1)}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_towers_side_by_side_are_all_asked(apart: bool) -> None:
+    model, x = Twice(apart).eval(), noise(1, 32, WIDTH)
+    program = capture(model, (x,)).with_role(tokens="tokens")
+    origin = program.analysis.streams[-1].origin
+    assert origin is not None and origin.groups.none is None
+    assert [sorted(group) for group in origin.groups.index[0].tolist()] == made_of(
+        lambda x: torch.cat([cut(part) for part in x.chunk(2, dim=1)], dim=1), (1, 32)
+    )[0]
+    scores = []
+    for tower, part in zip((model.one, model.other), x.chunk(2, dim=1), strict=True):
+        q, k, _ = tower.parts(part)
+        received = (q @ k.transpose(-1, -2) / (WIDTH // HEADS) ** 0.5).softmax(dim=-1).mean(dim=(1, 2))
+        scores.append(cut(received[..., None])[0, :, 0])
+    best = torch.cat(scores).topk(3).indices.sort().values
+    made = edgewise.compress(program, "topk@projector.out:keep=3").module()(x)["tokens"]
+    torch.testing.assert_close(made[0], model(x)["tokens"][0, best])
+
+
+def test_tokens_of_nothing_are_padding() -> None:
+    """Rows of zeros in a constant matrix."""
+    matrix = torch.zeros(6, 16)
+    for row, start in ((1, 0), (2, 4), (4, 8), (5, 12)):
+        matrix[row, start : start + 4] = 0.25
+    for seed in range(5):
+        _, program = program_of(lambda x: matrix @ x, noise(1, 16, WIDTH, seed=seed))
+        made = edgewise.compress(program, "topk@projector.out:keep=4").module()(noise(1, 16, WIDTH, seed=seed))["tokens"]
+        assert made.abs().sum(dim=-1).gt(0).all()
+
+
+def test_tokens_that_were_taken_out_of_the_encoder_are_refused() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = Tower(lambda x: x)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"tokens": self.tower(x)["tokens"] * 2}
+
+    program = capture(Plain().eval(), (noise(1, 16, WIDTH),)).with_role(tokens="tokens")
+    with pytest.raises(InputError, match="tokens were taken out of the encoder"):
+        edgewise.compress(program, "topk@encoder.block[0]:keep=12", "topk@projector.out:keep=3")

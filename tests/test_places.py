@@ -63,3 +63,21 @@ def test_legalisation_joins_a_matching_and_its_merge(count: int, r: int, joined:
     assert any(node.target in gathers for node in legal.graph.nodes) is not joined
     for found, expected in zip(legal.module()(x), model(x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_merge_of_what_no_matching_gave_is_left_to_the_others() -> None:
+    class Behind(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            kept, src, into = bipartite_match(x[:, 1:], 3, 0)
+            return merge(x, None, torch.cat([torch.zeros_like(kept[:, :1]), kept + 1], 1), src + 1, into + 1)
+
+    class Given(nn.Module):
+        def forward(self, x: Tensor, kept: Tensor, src: Tensor, into: Tensor) -> tuple[Tensor, ...]:
+            return merge(x, None, kept, src, into)
+
+    x = torch.randn(2, 13, 6)
+    for module, inputs in ((Behind(), (x,)), (Given(), (x, *bipartite_match(x, 3, 0)))):
+        exported = torch.export.export(module, inputs, strict=False)
+        legal = Legalise(dict.fromkeys(("bipartite_match", "merge"), (PLACES,)))(exported).program
+        for made, wanted in zip(legal.module()(*inputs), module(*inputs), strict=True):
+            torch.testing.assert_close(made, wanted)

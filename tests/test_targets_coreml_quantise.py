@@ -206,7 +206,7 @@ def test_silent_layers_stay_in_half_precision(tmp_path: Path) -> None:
     """Nothing can be learned of a layer that sees nothing but zeros, and a scale of zero would be no number."""
     zeros = [{"x": np.zeros((1, 3, 32, 32), np.float32)}] * 2
     quantiser = get("coreml").quantiser([], "w8a8", zeros, made_of=of(model(), torch.zeros(1, 3, 32, 32)))
-    assert "patches" not in quantiser.layers and "1 layers are zero on all samples" in quantiser.notes[0]
+    assert "patches" not in quantiser.layers and "(patches) are zero on all samples" in quantiser.notes[0]
     written = quantiser.write(tmp_path / "q", "m")
     assert np.isfinite(outputs("coreml", written, pictures(2))).all()
 
@@ -324,3 +324,24 @@ def test_a_dense_weight_of_a_quantised_layer_is_refused() -> None:
                                    compute_precision=coremltools.precision.FLOAT32, skip_model_load=True)  # fmt: skip
         with pytest.raises(InputError, match=r"did not quantise .*weight.* as it was told"):
             check_whole(made)
+
+
+def test_layers_that_eight_bits_would_spoil_or_that_are_none_are_named() -> None:
+    """Scales are stored in half precision, which has few digits for small ones."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fine, self.small, self.product = nn.Linear(64, 64), nn.Linear(64, 64), nn.Parameter(torch.randn(64, 64))
+            self.small.weight.data[::2] *= 1e-4
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.fine.bias, self.small(self.fine(x)), self.product)
+
+    feeds = [{"x": np.random.default_rng(i).standard_normal((4, 64)).astype(np.float32)} for i in range(2)]
+    quantiser = get("coreml").quantiser([], "w8a8", feeds, made_of=of(Mixed(), torch.zeros(4, 64)))
+    assert quantiser.layers == ("fine",)
+    (note,) = quantiser.notes
+    assert note.startswith("2 layers (small, product) stay in floating point")
+    with pytest.raises(InputError, match="fine is of float64, and w8a8 is for float32"):
+        get("coreml").quantiser([], "w8a8", feeds, made_of=of(Mixed().double(), torch.zeros(4, 64, dtype=torch.float64)))

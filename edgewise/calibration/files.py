@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ _SUFFIXES: dict[Kind, tuple[str, ...]] = {"image": IMAGES, "audio": AUDIO, "vide
 _COLUMNS = ("file", "path", "image", "audio", "video")
 MANIFESTS = (".csv", ".tsv", ".jsonl")
 _MOST_BYTES = 1 << 28
+Names = Mapping[str, int | None]
+"""The numbers of classes by their names in the model; None for a name that several have."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ class Files(Source):
         except InputError as error:
             named = str(item.path) in str(error)
             raise error if named else InputError(f"{item.path}: {error}") from error
-        except OSError as error:
-            raise InputError(f"cannot read {item.path}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # the latter for names that no file can have
+            raise InputError(f"cannot read {item.path}: {getattr(error, 'strerror', None) or error}") from error
         array = fitted(media.array, name, port, str(item.path))
         return Sample({name: array}, item.label, item.text, str(item.path), media.notes, item.question)
 
@@ -87,8 +90,8 @@ def open_files(path: Path, ports: Ports, preprocessing: Mapping[str, Any], class
     if kind is None or not port.dtype.startswith("float"):
         takes = f"{name} {list(port.shape)} of {port.dtype}"
         raise InputError(f"{path}: the input {takes} is no image, video or audio: give an .npz of arrays")
-    given = [str(name) for name in (classes or {}).values()]
-    names = {str(v): int(k) for k, v in (classes or {}).items() if given.count(str(v)) == 1}
+    counts = Counter(str(name) for name in (classes or {}).values())
+    names = {str(v): int(k) if counts[str(v)] == 1 else None for k, v in (classes or {}).items()}
     notes: tuple[str, ...] = ()
     lacks = Source.unlabelled
     if path.is_dir():
@@ -101,7 +104,7 @@ def open_files(path: Path, ports: Ports, preprocessing: Mapping[str, Any], class
     return Files(str(path), once, kind, ports, preprocessing, (*notes, *said), lacks)
 
 
-def _folder(path: Path, kind: Kind, names: Mapping[str, int]) -> tuple[tuple[Item, ...], tuple[str, ...], str]:
+def _folder(path: Path, kind: Kind, names: Names) -> tuple[tuple[Item, ...], tuple[str, ...], str]:
     """The items, what was odd, and what they lack to have labels."""
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     own = [entry for entry in entries if _is_media(entry, kind)]
@@ -128,11 +131,21 @@ def _once(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], tuple[str, ...]]:
     `InputError` for a file with two labels."""
     known: dict[tuple[Path, str | None], Item] = {}
     for item in items:
-        first = known.setdefault((item.path.resolve(), item.question), item)
+        first = known.setdefault((_same(item.path), item.question), item)
         if first.label != item.label:
             raise InputError(f"{item.path} has the labels {first.label} and {item.label}: give it one")
+        if first.text != item.text:
+            raise InputError(f"{item.path} has the texts {first.text!r} and {item.text!r}: give it one")
     left = len(items) - len(known)
     return tuple(known.values()), (f"{left} samples are of files that were there before, and were left out",) if left else ()
+
+
+def _same(path: Path) -> Path:
+    """What a file is known by. One that cannot be read is counted among those when it is."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):
+        return path.absolute()
 
 
 def _is_media(entry: Path, kind: Kind) -> bool:
@@ -141,12 +154,27 @@ def _is_media(entry: Path, kind: Kind) -> bool:
     return entry.is_file() and entry.suffix.lower() in _SUFFIXES[kind]
 
 
-def _numbers(found: list[str], names: Mapping[str, int], path: Path) -> tuple[dict[str, int | None], str]:
+def _meant(found: Iterable[str], names: Names) -> Names:
+    """The names by which classes are meant: a number is a name only where all are names, as it could be that of another class."""
+    if all(name in names for name in found):
+        return names
+    return {name: number for name, number in names.items() if not name.isdecimal()}
+
+
+def _named(name: str, names: Names, where: object) -> int:
+    number = names[name]
+    if number is None:
+        raise InputError(f"{where}: the model has several classes named {name!r}: give the number of the one that is meant")
+    return number
+
+
+def _numbers(found: list[str], names: Names, path: Path) -> tuple[dict[str, int | None], str]:
     """The number of each class, its name's in the model or the name itself if it is a number, and how it was found. None where the
     model knows none of the names: their order is not guessed."""
-    numbers = {name: names.get(name, int(name) if name.isdecimal() else None) for name in found}
-    strange = [name for name, number in numbers.items() if number is None]
+    names = _meant(found, names)
+    strange = [name for name in found if name not in names and not name.isdecimal()]
     if not strange:
+        numbers: dict[str, int | None] = {name: _named(name, names, path) if name in names else int(name) for name in found}
         named = sum(name in names for name in found)
         return numbers, f"{named} folders of {path} are classes by their names in the model, {len(found) - named} by number"
     if any(name in names for name in found):
@@ -158,7 +186,7 @@ def _numbers(found: list[str], names: Mapping[str, int], path: Path) -> tuple[di
     )
 
 
-def _manifest(path: Path, names: Mapping[str, int]) -> Iterator[Item]:
+def _manifest(path: Path, names: Names) -> Iterator[Item]:
     """The items of a manifest; files are relative to its folder."""
     if path.stat().st_size > _MOST_BYTES:
         raise InputError(f"{path} has more than {_MOST_BYTES} bytes, and is no manifest")
@@ -169,21 +197,24 @@ def _manifest(path: Path, names: Mapping[str, int]) -> Iterator[Item]:
     if column is None:
         raise InputError(f"{path} has no column 'file'; it has: {', '.join(rows[0][1]) or 'nothing'}")
     labelled = any(row.get("label") not in (None, "") for _, row in rows)
+    names = _meant((row["label"] for _, row in rows if isinstance(row.get("label"), str)), names)
     for line, row in rows:
         where = f"{path}, line {line}"
         if labelled and row.get("label") in (None, ""):
             raise InputError(f"{where}: there is no label, and other lines have one")
         if not row.get(column):
             raise InputError(f"{where}: there is no {column}")
-        said, question = (_words(row, columns, where) for columns in (("text", "answer"), ("question",)))
+        question = _words(row, ("question",), where)
+        said = _words(row, ("answer", "text") if question else ("text", "answer"), where)
         yield Item(path.parent / str(row[column]), _label(row.get("label"), names, where), said, question)
 
 
 def _words(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> str | None:
-    """What the first of these columns that a row has says."""
-    column = next((name for name in columns if row.get(name) is not None), None)
-    if column is None:
+    """What the first of these columns that a row has says; one that is not empty, if there is one."""
+    held = [name for name in columns if row.get(name) is not None]
+    if not held:
         return None
+    column = next((name for name in held if row[name] != ""), held[0])
     if not isinstance(row[column], str):
         raise InputError(f"{where}: the {column} {row[column]!r} is no string")
     return str(row[column])
@@ -206,11 +237,11 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _label(value: Any, names: Mapping[str, int], where: str) -> int | None:
+def _label(value: Any, names: Names, where: str) -> int | None:
     if value is None or value == "":
         return None
     if isinstance(value, str) and value in names:
-        return names[value]
+        return _named(value, names, where)
     try:
         if isinstance(value, str) and not re.fullmatch(r"\s*-?[0-9]+\s*", value):  # int() takes 1_0 as well
             raise ValueError(value)

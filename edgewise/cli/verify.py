@@ -88,7 +88,7 @@ def verify(
         screen.show(made)
     recalls: list[dict[str, Any]] = []
     if data is not None and paired:
-        recalls = recall(opened, data, target or None, threads, screen.counter, screen.say, data_samples, function)
+        recalls = recall(opened, data, target or None, threads, screen.counter, noted, data_samples, function)
         ways = {"media_to_text": "of texts", "text_to_media": "of media"}
         shares = ("pairs", *(f"recall@{k} {what}" for what in ways.values() for k in RANKS))
         made = table(f"retrieval in {data}", "artifact", *shares, right=shares)

@@ -74,6 +74,8 @@ def load_source(
         if split is None:
             return source
         source.samples = dict(split.inputs)
+        for strange in source.kwargs.keys() - split.inputs.keys():
+            raise unknown(f"input of {model}", strange, split.inputs)
         # Real examples, where the default shapes are wanted: the split has exactly those.
         fits = all(
             tuple(v.shape[1:]) == split.inputs[k].shape[1:] for k, v in source.kwargs.items() if k in split.inputs

@@ -107,7 +107,8 @@ def _asked(anchor: Anchor, used: Tensor) -> Asked:
 
 
 class Origin:
-    """Where the tokens of a value `(B, N, C)` come from: the last of `anchors` whose tokens attend to one another.
+    """Where the tokens of a value `(B, N, C)` come from: of `anchors` whose tokens attend to one another the last, of all stacks
+    that stand side by side.
 
     `classes`: the attentions in which the first token is a class token.
     """
@@ -115,8 +116,9 @@ class Origin:
     def __init__(self, program: ExportedProgram, anchors: Sequence[Anchor], node: fx.Node, classes: Sequence[Anchor] = ()) -> None:
         ahead = ancestors(node)
         own = [a for a in anchors if a.joined in ahead and _queries(a) == shape_of(a.k)[a.key_axis]]
-        self.attentions = tuple(a for a in own if a.joined is own[-1].joined)
-        self._program, self._node, self._classes = program, node, classes
+        past = set().union(*(ancestors(a.q) for a in own))
+        self.attentions = tuple(a for a in own if a.joined not in past)
+        self._program, self.node, self._classes = program, node, classes
 
     @property
     def groups(self) -> Groups:
@@ -133,6 +135,8 @@ class Origin:
     def _found(self) -> Groups | str:
         if not self.attentions:
             return "no attention of the encoder leads to the tokens here"
+        if len({(shape_of(a.k)[-2 if a.transposed_k else -1], a in self._classes) for a in self.attentions}) > 1:
+            return "the encoders that lead to the tokens here have other keys, or class tokens in some"
         origins = Origins(self._program)
         shapes, start = [], 0
         for anchor in self.attentions:
@@ -144,7 +148,7 @@ class Origin:
             origins.start(anchor.out, torch.arange(start, start + prod(shapes[-1])).reshape(*lead, tokens, 1))
             start += prod(shapes[-1])
         origins.follow(self._program.graph.nodes)
-        made = origins.last_axis(self._node)
+        made = origins.last_axis(self.node)
         alike = _alike(made)
         if alike is not None:
             return alike + (f", mixed by {describe(origins.mixed)}" if origins.mixed is not None else "")

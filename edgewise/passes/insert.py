@@ -394,7 +394,7 @@ class _Insertion:
         if {"attention", "keys", "queries"} & set(needs):
             self._check_meaning(step, anchor)
         if self.stream.origin is not None:
-            crossed = self._of_groups(self.stream.origin, set(needs), operands, level)
+            crossed = self._of_groups(self.stream.origin, set(needs), x, operands, level)
         elif "attention" in needs:
             softmax = self.by_name[anchor.softmax.name]
             if ahead is not None:
@@ -421,10 +421,16 @@ class _Insertion:
         self.taps.append(Tap(self.stream, step, anchor, operands, crossed, made[2]))
         return made  # type: ignore[no-any-return]
 
-    def _of_groups(self, origin: Origin, needs: set[str], operands: dict[str, fx.Node | None], level: _Level) -> list[fx.Node]:
+    def _of_groups(
+        self, origin: Origin, needs: set[str], x: fx.Node, operands: dict[str, fx.Node | None], level: _Level
+    ) -> list[fx.Node]:
         """The attentions of the tokens that those here are made of, as operands with the number of each."""
         if not needs & {"attention", "keys"}:
             return []
+        # Not so where this is the first reduction of the stream and another one's was ahead.
+        if len(self.levels) == 2 and shape_of(x)[1] != origin.groups.index.shape[1]:
+            raise Refused("tokens were taken out of the encoder, so that those here are made of others", node=origin.node.name,
+                          source=source_line(origin.node) or None, method=self.method)
         for i, anchor in enumerate(origin.attentions):
             softmax, key = self.by_name[anchor.softmax.name], self.by_name[anchor.k.name]
             if shape_of(key) != shape_of(anchor.k):

@@ -65,9 +65,10 @@ class Legalise(Pass):
         found = {}
         for node in graph.nodes:
             if is_compression_op(node) and op_name(node) == "merge":
-                matching = node.args[2].args[0]
-                if is_compression_op(matching) and op_name(matching) == "bipartite_match" and joins(matching, node):
-                    found[node] = matching
+                kept = node.args[2]
+                source = kept.args[0] if kept.target is operator.getitem else kept
+                if is_compression_op(source) and op_name(source) == "bipartite_match" and joins(source, node):
+                    found[node] = source
         return found
 
     def _replace(self, editor: Editor, node: fx.Node, function: Callable[..., Any], given: Sequence[Any]) -> Any:

@@ -180,10 +180,12 @@ class Origins:
         return joined.expand(shape) if len(shape) == ids.ndim else joined.reshape(shape)
 
     def _through(self, ids: Tensor, spatial: int, sources: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Sets at places `(.., *space)` to those of `sources (places behind, K)`, which are joined."""
+        """Sets at places `(.., *space)` to those of `sources (places behind, K)`, which are joined; one behind the last place is
+        none."""
         lead = ids.shape[:-spatial]
         ids = _apart(ids, [d for d in range(len(lead)) if _repeats(ids, d)])
-        made = self._join(ids.flatten(-spatial)[..., sources])
+        ids = ids.flatten(-spatial)
+        made = self._join(torch.cat([ids, ids.new_zeros(*ids.shape[:-1], 1)], dim=-1)[..., sources])
         made = made.reshape(*made.shape[:-1], *shape[len(shape) - spatial:])
         return made.expand(shape)
 
@@ -290,7 +292,8 @@ def _windows(node: fx.Node, space: Sequence[int]) -> Tensor:
 
 def _sources(touches: Tensor) -> Tensor:
     """The places `(rows, K)` that each row of `touches (rows, places)` is true at; the first again where they are fewer. A row that
-    is true nowhere is of the first place."""
+    is true nowhere has one behind the last place."""
     most = max(1, int(touches.sum(dim=1).max()))
     order = touches.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    return torch.where(touches.gather(1, order), order, order[:, :1])
+    first = torch.where(touches.any(dim=1, keepdim=True), order[:, :1], touches.shape[1])
+    return torch.where(touches.gather(1, order), order, first)

@@ -5,7 +5,8 @@
 - `topk`: stable sort or topk, gather of whole rows, small one-hot products for the merged tokens. The fastest on CPUs.
 - `scatter`: the reference itself: stable sort, gather and scatter-add.
 
-Each takes exactly the arguments of its op (in `edgewise.ops`) and gives equal results, ties included.
+Each takes exactly the arguments of its op (in `edgewise.ops`) and gives equal results, for equal scores too. Scores that
+are equal in theory (of repeated tokens) may differ in their last digit, as products of other shapes round differently.
 """
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ def observe(
     exported: ExportedProgram, feeds: Iterable[Mapping[str, np.ndarray]], input_names: Sequence[str]
 ) -> dict[Layer, np.ndarray]:
     """The layers of a program, in the order of the graph, and the largest absolute value of each channel `(channels,)` of what
-    each reads, over all feeds. Raises `InputError` if half precision does not hold one."""
+    each reads, over all feeds. Layers whose weights half precision does not hold at 8 bits are not among them. Raises `InputError`
+    if it does not hold what one reads, or for weights of another type than float32."""
     module = exported.module(check_guards=False)
     found = _find(module, _weights(exported))
     prepared = prepare_pt2e(module, _Observing(found))
@@ -136,10 +137,22 @@ def _find(module: GraphModule, weights: Mapping[str, str]) -> list[Layer]:
             continue
         source, weight = node.args[:2]
         if weight.op == "get_attr" and weight.target in weights and weight.meta["val"].numel() >= SMALLEST:
+            value = _attribute(module, weight).detach()
+            if value.dtype != torch.float32:
+                kind = str(value.dtype).removeprefix("torch.")
+                raise InputError(f"target coreml: {weights[weight.target]} is of {kind}, and w8a8 is for float32: model.float()")
+            if not _held(value.numpy()):
+                continue
             rank = source.meta["val"].ndim
             axis = rank - 1 if node.target is aten.linear.default else rank - weight.meta["val"].ndim + 1
             found.append(Layer(weights[weight.target], node.name, Value(source.name, axis)))
     return found
+
+
+def _held(weight: np.ndarray) -> bool:
+    """Whether half precision holds a weight, and the steps of 8 bits for each of its outputs to a hundredth."""
+    steps = np.abs(weight).reshape(len(weight), -1).max(axis=1) / 127
+    return bool((np.abs(weight) <= _MOST).all() and (np.abs(steps.astype(np.float16) - steps) <= steps / 100).all())
 
 
 def _attribute(module: GraphModule, node: Node) -> torch.Tensor:
@@ -210,7 +223,7 @@ class _Quantising(_Observing):
             self._known[key] = smoothing(largest, list(weights.values()))
         factor = (1 / self._known[key]).astype(np.float16).astype(np.float32)
         made = {node: weight / factor for node, weight in weights.items()}
-        if not all((np.abs(weight) <= _MOST).all() for weight in made.values()):
+        if not all(map(_held, made.values())):
             return largest
         (source,) = {node.args[0] for node in readers}
         with model.graph.inserting_before(readers[0]):

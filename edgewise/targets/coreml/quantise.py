@@ -5,7 +5,7 @@ Statistics are of the compressed program itself, run by torch. What PT2E makes o
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,17 +23,23 @@ class CoreMLQuantiser(Quantiser):
 
     def __init__(self, target: Target, made_of: Lowering, feeds: Feeds) -> None:
         with quiet():
+            from edgewise.passes.layers import layers
             from edgewise.targets.coreml.pt2e import observe
 
+            every = dict.fromkeys(layers(made_of.exported).values())
             largest = observe(made_of.exported, feeds, made_of.input_names)
         self._target, self._made_of = target, made_of
         self._largest = {layer: seen for layer, seen in largest.items() if seen.any()}
         self._smooth: dict[tuple[str, ...], np.ndarray] = {}
         self.layers = tuple(dict.fromkeys(layer.name for layer in self._largest))
         silent = [layer.name for layer in largest if layer not in self._largest]
-        if silent:
-            names = ", ".join(silent[:3])
-            self.notes = (f"the inputs of {len(silent)} layers are zero on all samples, and stay in floating point: {names}",)
+        found = {layer.name for layer in largest}
+        left = [name for name in every if name not in found]
+        why = "are small, products that are no linear layers, or have weights too small for 8 bits with scales in half precision"
+        self.notes = (
+            *([f"the inputs of {_told(silent)} are zero on all samples, and stay in floating point"] if silent else []),
+            *([f"{_told(left)} stay in floating point: they {why}"] if left else []),
+        )
 
     def follow(self, other: Quantiser) -> None:
         assert isinstance(other, CoreMLQuantiser)
@@ -49,3 +55,7 @@ class CoreMLQuantiser(Quantiser):
                 program, folder, stem, precision=self._target.quantises_from,
                 input_names=self._made_of.input_names, output_names=self._made_of.output_names,
             )
+
+
+def _told(names: Sequence[str]) -> str:
+    return f"{len(names)} layers ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
