@@ -211,7 +211,7 @@ def test_lower_precisions(precision: str, most: float, tmp_path: Path) -> None:
 def test_layers_keep_their_names_for_quantisation(tmp_path: Path) -> None:
     one = attention(sdpa, tokens=33, heads=4, width=64)
     names = {"input_names": one.input_names, "output_names": one.output_names}
-    quantiser = TARGET.quantiser([], "w8a8", [one.feeds], Lowering(one.exported, **names))  # type: ignore[arg-type]
+    quantiser = TARGET.quantiser([], "w8a8", [one.feeds], made_of=Lowering(one.exported, **names))  # type: ignore[arg-type]
     assert quantiser.layers == ("query", "key", "value", "out")
     with TARGET.load(quantiser.write(tmp_path / "q", "m")) as session:
         error = compare(one.expected["o0"], session.run(one.feeds)["o0"]).relative
