@@ -5,16 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlm_families import noise
 from vlm_pruned import divprune, fastv
 from vlm_reference import IMAGE as MARK
 from vlm_reference import text_config
+from vlm_zipped import zip_tokens
 
 import edgewise
 
@@ -105,12 +108,11 @@ def greedy(model: Any, features: Tensor, before: list[int], after: list[int], co
 
 
 @contextmanager
-def behind_projector(model: Any, real: int, keep: int) -> Iterator[None]:
-    """While this holds, the decoder is given `keep` of the recording's `real` tokens (DivPrune)."""
+def behind_projector(model: Any, real: int, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While this holds, the decoder is given what `choose` leaves of the recording's `real` tokens `(real, C)`."""
 
     def fewer(module: Any, args: Any, out: Tensor) -> Tensor:
-        few = out.reshape(-1, out.shape[-1])[:real]
-        few = few[divprune(few, keep)]
+        few = choose(out.reshape(-1, out.shape[-1])[:real])
         return few if out.ndim == 2 else few[None]
 
     parts = dict(model.model.named_children())
@@ -121,31 +123,75 @@ def behind_projector(model: Any, real: int, keep: int) -> Iterator[None]:
         handle.remove()
 
 
-BLOCK, KEEP, FAST, NEW = 2, 9, 5, 32
+STACKED = {"qwen2-audio": 2, "audioflamingo3": 2, "voxtral": 2, "glmasr": 4}
+"""Of how many of the encoder's tokens one behind the projector is made."""
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[dict[str, Tensor]]:
+    """While this holds, the attention maps `(1, heads, N, N)` and keys of the audio encoder's last layer, as it last ran."""
+    seen: dict[str, Tensor] = {}
+    run, last = ALL_ATTENTION_FUNCTIONS["sdpa"], model.model.audio_tower.layers[-1].self_attn
+    model.model.audio_tower.set_attn_implementation("sdpa")
+
+    def spy(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, **given: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if module is last:
+            logits = q @ k.transpose(-1, -2) * given["scaling"]
+            if attention_mask is not None:
+                masked = attention_mask.dtype == torch.bool
+                logits = logits.masked_fill(~attention_mask, -torch.inf) if masked else logits + attention_mask
+            seen.update(maps=logits.softmax(dim=-1), keys=k)
+        return run(module, q, k, v, attention_mask, **given)  # type: ignore[no-any-return]
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = spy
+    try:
+        yield seen
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = run
+
+
+def zip_audio(tokens: Tensor, stacked: int, seen: dict[str, Tensor], dominant: int, context: int) -> Tensor:
+    """VisionZip of tokens `(real, C)` that are each made of `stacked` of the encoder's; what is behind the recording's end is in
+    none, and asks for none."""
+    count = len(tokens) * stacked
+    score = seen["maps"][0].mean(dim=0)[:count].mean(dim=0)[:count].reshape(-1, stacked).mean(dim=1)
+    keys = seen["keys"][0].mean(dim=0)[:count].reshape(len(tokens), stacked, -1).mean(dim=1)
+    return zip_tokens(tokens, score, keys, dominant, context)[0]
+
+
+BLOCK, KEEP, CONTEXT, FAST, NEW = 2, 9, 3, 5, 32
 PROMPTS = [([1, 5, 6], [7, 8, 9]), ([], [4])]
 
 
-def check(name: str, compressed: bool, out: Path, targets: tuple[str, ...]) -> edgewise.Bundle:
-    """Export a family, plain, or with DivPrune behind the projector and FastV inside of the decoder, and compare every token that
-    it generates with the model in transformers, whose features are replaced and whose layers are hooked."""
+def check(name: str, method: str, out: Path, targets: tuple[str, ...]) -> edgewise.Bundle:
+    """Export a family, plain (""), or with DivPrune or VisionZip behind the projector and FastV inside of the decoder, and compare
+    every token that it generates with the model in transformers, whose features are replaced and whose layers are hooked."""
     model, example = make(name)
-    specs = [f"divprune@projector.out:keep={KEEP}", f"fastv@decoder.block[{BLOCK}]:keep={FAST}"] if compressed else []
+    ahead = {"divprune": f"divprune@projector.out:keep={KEEP}", "visionzip": f"visionzip:keep={KEEP - CONTEXT},context={CONTEXT}"}
+    specs = [ahead[method], f"fastv@decoder.block[{BLOCK}]:keep={FAST}"] if method else []
     bundle = edgewise.export(
         model, out, example=example, targets=targets, compress=specs, prompt_tokens=10, new_tokens=NEW, cache=False
     )
     about = bundle.manifest.pipeline
     assert about is not None and about.kind == "audio-language"
     real, count = about.stages[0].tokens_before, about.media_tokens
-    assert [cache.media for cache in about.caches] == ([KEEP] * BLOCK + [FAST] * (4 - BLOCK) if compressed else [real] * 4)
+    assert [cache.media for cache in about.caches] == ([KEEP] * BLOCK + [FAST] * (4 - BLOCK) if method else [real] * 4)
     # Of Granite's tokens for seed 6, the two farthest from all are nearest to one another: DivPrune's first pick would be a tie.
     seed = 7 if name == "granite-speech" else 6
     features, mask, wanted = noise(*example["input_features"].shape, seed=seed), FAMILIES[name][1], []
     for before, after in PROMPTS:
         model, _ = make(name)
         with ExitStack() as stack:
-            if compressed:
-                stack.enter_context(behind_projector(model, real, KEEP))
+            if method:
                 stack.enter_context(fastv(model, BLOCK, FAST, range(len(before), len(before) + KEEP)))
+            if method == "divprune":
+                stack.enter_context(behind_projector(model, real, lambda x: x[divprune(x, KEEP)]))
+            if method == "visionzip":
+                how = {"stacked": STACKED[name], "seen": stack.enter_context(watched(model))}
+                zipped = partial(zip_audio, **how, dominant=KEEP - CONTEXT, context=CONTEXT)
+                stack.enter_context(behind_projector(model, real, zipped))
             wanted.append(greedy(model, features, before, after, count, NEW, mask))
         assert len(set(wanted[-1])) > 8
     for target in targets:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from audio_families import STACKED, watched, zip_audio
 from audio_families import make as make_audio
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlm_families import FAMILIES, make, noise
 from vlm_pruned import IN_FRONT
-from vlm_zipped import zip_tokens, zipped_behind
+from vlm_zipped import zipped_behind
 
 import edgewise
 from edgewise.errors import InputError
@@ -230,39 +230,17 @@ def test_visionzip_behind_projectors_of_vision_language_models(name: str) -> Non
         torch.testing.assert_close(made[n], wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "stacked"), [("qwen2-audio", 2), ("audioflamingo3", 2), ("voxtral", 2), ("glmasr", 4)]
-)
-def test_visionzip_behind_projectors_of_audio_language_models(
-    name: str, stacked: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a recording shorter than the features: what is behind its end is in no token, and asks for none."""
+@pytest.mark.parametrize("name", STACKED)
+def test_visionzip_behind_projectors_of_audio_language_models(name: str) -> None:
+    """Of a recording shorter than the features."""
     model, example = make_audio(name)
     features = example.pop("input_features")
     encoder = media.AUDIO.encoder(model, media.AUDIO.settled(model, features, example), None, 1)
     program = capture(encoder, (features,)).with_role(tokens=media.AUDIO.tokens)
     few = edgewise.compress(program, "visionzip:keep=4,context=2")
-    other, seen = noise(*features.shape, seed=3), {}
-    run = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def spy(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, **given: object
-    ) -> object:
-        if module is model.model.audio_tower.layers[-1].self_attn:
-            logits = q @ k.transpose(-1, -2) * module.scaling
-            if attention_mask is not None:
-                masked = attention_mask.dtype == torch.bool
-                logits = logits.masked_fill(~attention_mask, -torch.inf) if masked else logits + attention_mask
-            seen.update(maps=logits.softmax(dim=-1), keys=k)
-        return run(module, q, k, v, attention_mask, **given)
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
-    with torch.no_grad():
-        whole = encoder(other)[media.AUDIO.tokens][0]
-        real = len(whole) * stacked
-        score = seen["maps"][0].mean(dim=0)[:real].mean(dim=0)[:real].reshape(-1, stacked).mean(dim=1)
-        keys = seen["keys"][0].mean(dim=0)[:real].reshape(len(whole), stacked, -1).mean(dim=1)
-        wanted, _ = zip_tokens(whole, score, keys, 4, 2)
+    other = noise(*features.shape, seed=3)
+    with torch.no_grad(), watched(model) as seen:
+        wanted = zip_audio(encoder(other)[media.AUDIO.tokens][0], STACKED[name], seen, 4, 2)
         made = few.module()(other)[media.AUDIO.tokens]
     torch.testing.assert_close(made[0], wanted, rtol=1e-4, atol=1e-5)
 

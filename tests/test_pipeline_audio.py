@@ -26,7 +26,7 @@ from edgewise.exporter.pipeline.seam import learn
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> edgewise.Bundle:
-    return check("qwen2-audio", False, tmp_path_factory.mktemp("audio") / "b", ("openvino", "onnxruntime"))
+    return check("qwen2-audio", "", tmp_path_factory.mktemp("audio") / "b", ("openvino", "onnxruntime"))
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,9 @@ def test_uncompressed_equals_the_model(plain: edgewise.Bundle) -> None:
     assert [info.name for info in plain.manifest.component("prefill").inputs][:2] == ["audio", "audio_position"]
 
 
-def test_compressed_as_research_code_does_it(tmp_path: Path) -> None:
-    check("qwen2-audio", True, tmp_path / "b", ("openvino",))
+@pytest.mark.parametrize("method", ["divprune", "visionzip"])
+def test_compressed_as_research_code_does_it(tmp_path: Path, method: str) -> None:
+    check("qwen2-audio", method, tmp_path / "b", ("openvino",))
 
 
 def test_a_waveform_is_the_features_that_the_processor_makes(pipeline: Any) -> None:
