@@ -7,10 +7,10 @@ tokens each, greedy. Prints a line for each family: how many of the texts are eq
 20 seconds a family on an idle core. `--images 2`: prompts with two images, and text between them. `--video`: with a video of four
 frames, for the families that take such, and not with --compressed.
 
-With `--compressed`, tokens are taken out in front of the decoder (VisionZip, behind projectors that read a grid) and inside of it
-(FastV), and two texts are compared with the model in transformers, whose features are replaced, whose
-positions in rows are gathered and whose layers are hooked. With `--compress` there is no reference: the two targets are compared
-with one another.
+With `--compressed`, tokens are taken out in front of the decoder (VisionZip; where the projector reads a grid, behind it) and
+inside of it (FastV), and two texts are compared with the model in transformers, whose features are replaced, whose positions in
+rows are gathered and whose layers are hooked. With `--compress` there is no reference: the two targets are
+compared with one another.
 """
 
 from __future__ import annotations
